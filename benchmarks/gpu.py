@@ -171,7 +171,7 @@ def phases(limit: dict[str, float]) -> list[dict[str, float | str]]:
         score = seconds(lambda: module.student_logprobs(experience))
 
         def update() -> None:
-            for part in module.micro_batch_rows(experience.attention_mask.sum(1).tolist()):
+            for part in module.micro_batch_rows(experience):
                 module.loss(experience[part]).loss.backward()
             student.zero_grad()
 

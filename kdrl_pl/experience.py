@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ _OPTIONAL = {
     "advantages": (torch.float32, 1),
     "token_weights": (torch.float32, 1),
     "kd_weights": (torch.float32, 2),
+    "slopes": (torch.float32, 2),
     "teacher_hidden": (None, 3),
 }
 _TENSORS = {**_REQUIRED, **_OPTIONAL}
@@ -56,9 +58,12 @@ class Experience:
         advantages: (B,) float32.
         token_weights: (B,) float32, weight of each response token of the row in the summed loss.
         kd_weights: (B, T) float32, the same for the distillation term: mask, gate and normaliser in one, zero = masked.
+        slopes: (B, T) float32, derivative in each log-prob of the one term that looks at all rows of an update at once;
+            filled in by `KDRLModule.prepare`.
         teacher_hidden: (B, T, H) the teacher's last hidden states, only for the full-vocabulary form.
         temperature: of the sampler; student, old, behaviour and teacher log-probs all use it.
         max_response_tokens: the sampler's budget (L_max of the normaliser "constant"); None when unknown.
+        share_prompts: forward passes of the student read the prompt of a group once; `KDRLModule.score` decides it.
         uids: one string per row naming its prompt.
 
     Raises:
@@ -82,9 +87,11 @@ class Experience:
         advantages: Tensor | None = None,
         token_weights: Tensor | None = None,
         kd_weights: Tensor | None = None,
+        slopes: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
         temperature: float = 1.0,
         max_response_tokens: int | None = None,
+        share_prompts: bool = False,
         uids: Sequence[str] | None = None,
     ) -> None:
         self.input_ids = input_ids
@@ -101,9 +108,11 @@ class Experience:
         self.advantages = advantages
         self.token_weights = token_weights
         self.kd_weights = kd_weights
+        self.slopes = slopes
         self.teacher_hidden = teacher_hidden
         self.temperature = float(temperature)
         self.max_response_tokens = max_response_tokens
+        self.share_prompts = share_prompts
         self.uids = list(uids) if uids is not None else [str(g) for g in group.tolist()]
         self._check()
 
@@ -156,15 +165,16 @@ class Experience:
             if value is not None:
                 value = value[on_device]
                 picked[name] = value if ndim == 1 else value[:, :width]
-        return Experience(**picked, **self._sampler(), uids=[self.uids[i] for i in index.tolist()])
+        return Experience(**picked, **self._common(), uids=[self.uids[i] for i in index.tolist()])
 
     def to(self, device: torch.device | str) -> Experience:
         """The same rows on `device`; dtypes are never changed."""
         moved = {n: v.to(device) for n in _TENSORS if (v := getattr(self, n)) is not None}
-        return Experience(**moved, **self._sampler(), uids=self.uids)
+        return Experience(**moved, **self._common(), uids=self.uids)
 
-    def _sampler(self) -> dict:
-        return {"temperature": self.temperature, "max_response_tokens": self.max_response_tokens}
+    def _common(self) -> dict:
+        """What all rows have in common."""
+        return {name: getattr(self, name) for name in ("temperature", "max_response_tokens", "share_prompts")}
 
     @property
     def device(self) -> torch.device:
@@ -180,10 +190,10 @@ class Experience:
         """(B,) int64, tokens of each row that are not response."""
         return self.attention_mask.sum(1) - self.response_mask.sum(1)
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | BinaryIO) -> None:
         """Write the rows as plain tensors (loads with `weights_only=True`)."""
         tensors = {n: v.cpu() for n in _TENSORS if (v := getattr(self, n)) is not None}
-        torch.save({**tensors, **self._sampler(), "uids": self.uids}, path)
+        torch.save({**tensors, **self._common(), "uids": self.uids}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Experience:

@@ -6,7 +6,7 @@ Each chunk is recomputed in the backward pass, so memory holds one chunk of logi
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,7 +14,23 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # positions per chunk; 256 x 152,000 words of fp32 logits are 156 MB
 
-Divergence = Callable[[Tensor, Tensor], Tensor]  # (N, V) student, (N, V) teacher log-probs -> (N,)
+
+@dataclass
+class Vocabulary:
+    """What the models say about every word at N positions: gone again when it has been read.
+
+    Args:
+        logprobs: (N, V) float32 nats of the student, with gradient.
+        tokens: (N,) int64, the sampled tokens.
+        teacher: (N, V) float32 nats of the teacher, without gradient; None where no term asked for it.
+    """
+
+    logprobs: Tensor
+    tokens: Tensor
+    teacher: Tensor | None = None
+
+
+Reader = Callable[[Vocabulary], dict[str, Tensor]]  # name -> (N,), what a term reads off the vocabulary
 
 
 @dataclass
@@ -46,10 +62,10 @@ class Head:
 
 @dataclass
 class TokenScores:
-    """Per position: (N,) float32 log-prob of the token in nats and, when asked for, divergence to the teacher."""
+    """Per position, (N,) float32: the log-prob of the token in nats, and what the reader made of the vocabulary."""
 
     logprobs: Tensor
-    divergence: Tensor | None = None
+    readings: dict[str, Tensor] = field(default_factory=dict)
 
 
 def token_scores(
@@ -58,7 +74,7 @@ def token_scores(
     tokens: Tensor,
     temperature: float,
     *,
-    divergence: Divergence | None = None,
+    read: Reader | None = None,
     teacher_hidden: Tensor | None = None,
     teacher_head: Head | None = None,
 ) -> TokenScores:
@@ -69,22 +85,19 @@ def token_scores(
         head: the student's head.
         tokens: (N,) int64.
         temperature: of the sampler.
-        divergence: function of student and teacher log-probs over the whole vocabulary; needs the next two.
+        read: what else is wanted of the whole vocabulary; of the teacher's too with the next two.
         teacher_hidden: (N, H_T) hidden states of the teacher for the same tokens.
         teacher_head: the teacher's head.
-
-    Returns:
-        float32 scores; divergence None unless asked for.
     """
 
     def score(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, teacher_h: Tensor | None) -> tuple:
         logprobs = Head(weight, bias, head.scale, head.softcap).logprobs(h, temperature)  # (n, V)
         token = logprobs.gather(1, t[:, None])[:, 0]
-        if divergence is None:
-            return token, None
+        if read is None:
+            return token, {}
         with torch.no_grad():
-            of_teacher = teacher_head.logprobs(teacher_h, temperature)
-        return token, divergence(logprobs, of_teacher)
+            of_teacher = None if teacher_h is None else teacher_head.logprobs(teacher_h, temperature)
+        return token, read(Vocabulary(logprobs, t, of_teacher))
 
     chunks = []
     parts = hidden.split(CHUNK), tokens.split(CHUNK)
@@ -95,4 +108,5 @@ def token_scores(
             chunks.append(checkpoint(score, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             chunks.append(score(*arguments))
-    return TokenScores(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
+    logprobs, readings = zip(*chunks, strict=True)
+    return TokenScores(torch.cat(logprobs), {name: torch.cat([r[name] for r in readings]) for name in readings[0]})

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,23 +24,27 @@ from kdrl_pl.advantages import SCALES
 from kdrl_pl.errors import RunError
 from kdrl_pl.evaluation import Evaluation
 from kdrl_pl.experience import Experience
+from kdrl_pl.identity import check_same
 from kdrl_pl.losses import Distillation, LossOutput, Objective, PolicyGradient, PolicyOutput, RewardShaping
-from kdrl_pl.losses.base import Term, inside
+from kdrl_pl.losses.base import Sums, Term, inside
 from kdrl_pl.losses.weights import NORMALISERS
+from kdrl_pl.losses.whole_update import WholeUpdate, prepare
 from kdrl_pl.metrics import MetricSums
 from kdrl_pl.models.language_model import LanguageModel
 from kdrl_pl.models.loading import load_tokenizer
+from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.optim import default_optimizer, make_optimizer, set_learning_rate
-from kdrl_pl.parallel import all_reduce_max, world_size
+from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, world_size
 from kdrl_pl.sampler_check import SamplerCheck
 from kdrl_pl.schedules import Schedule, as_schedule
 from kdrl_pl.scoring import fill_in
-from kdrl_pl.sequences import micro_batches, update_rows
+from kdrl_pl.sequences import group_batches, micro_batches, update_rows
 from kdrl_pl.teacher import FrozenTeacher
 from kdrl_pl.updates import run_update
 
 if TYPE_CHECKING:
     from kdrl_pl.data.prompts import PromptBatch
+    from kdrl_pl.records import NonFiniteRollouts
 
 
 log = logging.getLogger(__name__)
@@ -56,6 +59,7 @@ class KDRLModule(LightningModule):
         policy_gradient: the reinforcement-learning term; null switches it off (pure distillation).
         distillation: the distillation term; null switches it off (GRPO).
         reward_shaping: the teacher as a reward instead of as a loss, an ablation; not together with distillation.
+        terms: further terms of the objective by name, each by class_path; the name appears in the log.
         normaliser: how token losses are averaged: "group" (the paper's), "token" (DAPO), "sequence" (GRPO) or
             "constant" (Dr. GRPO).
         drop_groups_without_signal: groups of equal rewards leave that average in the policy gradient (not in the
@@ -89,6 +93,7 @@ class KDRLModule(LightningModule):
         policy_gradient: PolicyGradient | None = PolicyGradient(),  # noqa: B008 - read-only, shown as default in --help
         distillation: Distillation | None = Distillation(),  # noqa: B008
         reward_shaping: RewardShaping | None = None,
+        terms: dict[str, Term] | None = None,
         normaliser: str = "group",
         drop_groups_without_signal: bool = False,
         advantage_scale: str = "std",
@@ -109,8 +114,8 @@ class KDRLModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        terms: dict[str, Term | None] = {"pg": policy_gradient, "kd": distillation}
-        self.objective = Objective({name: term for name, term in terms.items() if term is not None}, importance_cap)
+        slots: dict[str, Term | None] = {"pg": policy_gradient, "kd": distillation, **(terms or {})}
+        self.objective = Objective({name: term for name, term in slots.items() if term is not None}, importance_cap)
         self.distillation, self.reward_shaping, self.teacher = distillation, reward_shaping, teacher
         _refuse(normaliser not in NORMALISERS, f"normaliser is {normaliser!r}; expected {', '.join(NORMALISERS)}")
         _refuse(advantage_scale not in SCALES, f"advantage_scale is {advantage_scale!r}; expected {', '.join(SCALES)}")
@@ -133,6 +138,14 @@ class KDRLModule(LightningModule):
             "distillation needs a teacher: set model.teacher.path, or model.distillation: null for plain GRPO "
             "(likewise model.reward_shaping and model.policy_gradient.modulation)",
         )
+        whole = [name for name, term in self.objective.terms.items() if isinstance(term, WholeUpdate)]
+        _refuse(len(whole) > 1, f"{' and '.join(whole)} each look at all rows of an update; keep one of them")
+        only = policy_gradient.only_normaliser if policy_gradient is not None else None
+        _refuse(
+            only not in (None, normaliser),
+            f"normaliser is {normaliser!r}, and {type(policy_gradient).__name__} adds up to its paper's objective only "
+            f"under {only!r}; set model.normaliser: {only}",
+        )
         _refuse(
             overlong_filter and distillation is not None and distillation.mask == "negative_advantage",
             "overlong_filter sets advantages of truncated responses to 0, which mask negative_advantage would take for "
@@ -152,8 +165,10 @@ class KDRLModule(LightningModule):
         self.rollouts_done = 0
         self.skipped_steps = 0
         self.skipped_in_a_row = 0
+        self.nonfinite: NonFiniteRollouts | None = None  # where rollouts of skipped steps are kept; RunFolder's
         self.is_between_updates = False
         self.sampled_tokens = 0
+        self.resume_anyway = False
         self.logged: dict[str, float] = {}  # metrics of the last rollout or validation; Lightning's keep stale ones too
         self.sampler_check = SamplerCheck()
         self.evaluation = Evaluation()
@@ -212,6 +227,27 @@ class KDRLModule(LightningModule):
         fill_in(self, experience, self.rollouts_done if rollout is None else rollout, metrics)
         return experience
 
+    @torch.no_grad()
+    def prepare(self, experience: Experience, rollout: int | None = None, logprobs: Tensor | None = None) -> Sums:
+        """Before each update: fill in what terms need that look at all of its rows at once (`losses.WholeUpdate`).
+
+        Without such a term nothing happens. Every rank calls it.
+
+        Args:
+            experience: rows of one update that `score` has seen, whole groups.
+            rollout: number of the rollout, for schedules; None takes the module's own count.
+            logprobs: (B, T) of the current student, if they are known; None asks it.
+
+        Returns:
+            the loss of such a term and its metrics, which `loss` does not have: name -> (sum, count).
+        """
+
+        def current() -> Tensor:
+            return self.student_logprobs(experience) if logprobs is None else logprobs
+
+        rollout = self.rollouts_done if rollout is None else rollout
+        return prepare(self.objective, current, experience, rollout, all_reduce_sum)
+
     def loss(self, experience: Experience, rollout: int | None = None) -> LossOutput:
         """The loss of these rows: log-probs of the current student, then the objective (METHOD §1).
 
@@ -221,38 +257,44 @@ class KDRLModule(LightningModule):
             experience: rows that `score` has seen, or some of them.
             rollout: number of the rollout, for schedules; None takes the module's own count.
         """
-        return self.objective(self.policy(experience), experience, self.rollouts_done if rollout is None else rollout)
+        rollout = self.rollouts_done if rollout is None else rollout
+        return self.objective(self.policy(experience, rollout), experience, rollout)
 
-    def policy(self, experience: Experience) -> PolicyOutput:
+    def policy(self, experience: Experience, rollout: int) -> PolicyOutput:
         """What the current student says of the rows, with gradient."""
-        full = self.distillation if self.distillation is not None and self.distillation.needs_divergence else None
-        if full is not None and experience.teacher_hidden is None:
-            full = None  # no token of this rollout is distilled
+        of_teacher = experience.teacher_hidden  # None where no token of this rollout is distilled
         scores = self.student.token_logprobs(
             experience.input_ids,
             experience.response_mask,
             experience.temperature,
-            divergence=full.divergence if full else None,
-            teacher_hidden=experience.teacher_hidden if full else None,
-            teacher_head=self.teacher.head() if full else None,
+            read=self.objective.reader(rollout, of_teacher is not None),
+            teacher_hidden=of_teacher,
+            teacher_head=None if of_teacher is None else self.teacher.head(),
+            shared=_shared_prompts(experience),
         )
-        return PolicyOutput(scores.logprobs, scores.divergence)
+        return PolicyOutput(scores.logprobs, scores.readings)
 
     @torch.no_grad()
     def student_logprobs(self, experience: Experience) -> Tensor:
         """(B, T) float32 log-probs of the current student, zero outside the response mask, no gradient."""
-        lengths = experience.attention_mask.sum(1).tolist()
         logprobs = torch.zeros(experience.input_ids.shape, dtype=torch.float32, device=experience.device)
-        for rows in self.micro_batch_rows(lengths):
+        for rows in self.micro_batch_rows(experience):
             rows = rows or [0]  # an idle rank keeps in step with the others
-            width = max(lengths[row] for row in rows)
-            ids, mask = experience.input_ids[rows, :width], experience.response_mask[rows, :width]
-            logprobs[rows, :width] = self.student.token_logprobs(ids, mask, experience.temperature).logprobs.float()
+            part = experience[rows]
+            ids, mask, width = part.input_ids, part.response_mask, part.input_ids.shape[1]
+            scores = self.student.token_logprobs(ids, mask, part.temperature, shared=_shared_prompts(part))
+            logprobs[rows, :width] = scores.logprobs.float()
         return logprobs
 
-    def micro_batch_rows(self, lengths: Sequence[int]) -> list[list[int]]:
+    def micro_batch_rows(self, experience: Experience) -> list[list[int]]:
         """Row numbers per forward pass, as many passes on every rank: idle ranks get empty ones at the end."""
-        batches = micro_batches(lengths, self.max_tokens_per_micro_batch)
+        prompts, responses = experience.prompt_lengths.tolist(), experience.response_lengths.tolist()
+        if experience.share_prompts:
+            batches = group_batches(prompts, responses, experience.group.tolist(), self.max_tokens_per_micro_batch)
+        else:
+            batches = micro_batches(
+                [p + r for p, r in zip(prompts, responses, strict=True)], self.max_tokens_per_micro_batch
+            )
         passes = all_reduce_max(len(batches), self.device)
         return batches + [[]] * (passes - len(batches))
 
@@ -354,6 +396,11 @@ class KDRLModule(LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on where the checkpoint stands.
+
+        Raises:
+            ValueError: it was trained under another teacher, and `resume_anyway` is not set.
+        """
         state = checkpoint["kdrl"]
         self.rollouts_done, self.sampled_tokens = state["rollouts_done"], state["sampled_tokens"]
         self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
@@ -361,12 +408,14 @@ class KDRLModule(LightningModule):
             learnt = state["schedules"].get(name, {})
             if learnt.keys() == schedule.state_dict().keys():  # else another kind was put in its place: it starts anew
                 schedule.load_state_dict(learnt)
-        teacher = self.teacher.fingerprint() if self.needs_teacher else None
-        _refuse(
-            self.trainer.state.fn == "fit" and teacher != state["teacher"],
-            f"the checkpoint was trained under teacher {state['teacher']}, this run has {teacher}; use the same "
-            "teacher (path and precision), or start a new run from the exported student",
-        )
+        if self.trainer.state.fn == "fit":
+            teacher = self.teacher.fingerprint() if self.needs_teacher else None
+            cure = "use the same teacher (path and precision), or start a new run from the exported student"
+            check_same("under teacher", state["teacher"], teacher, cure, self.resume_anyway)
+
+
+def _shared_prompts(experience: Experience) -> SharedPrompts | None:
+    return SharedPrompts(experience.group, experience.prompt_lengths) if experience.share_prompts else None
 
 
 def _refuse(condition: bool, message: str) -> None:

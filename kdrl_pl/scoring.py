@@ -11,8 +11,8 @@ from torch import Tensor
 from kdrl_pl.advantages import group_advantages
 from kdrl_pl.experience import Experience
 from kdrl_pl.losses.weights import experience_weights, kd_rows
-from kdrl_pl.parallel import all_reduce_sum, world_size
-from kdrl_pl.sequences import update_rows
+from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, world_size
+from kdrl_pl.sequences import sharing_pays, update_rows
 
 if TYPE_CHECKING:
     from kdrl_pl.losses import Distillation
@@ -25,6 +25,7 @@ def fill_in(
     """The work of `KDRLModule.score`, in its order: each line needs those before it."""
     started = time.perf_counter()
     module.student.eval()
+    experience.share_prompts = _share_prompts(module, experience)
     updates = update_rows(experience.group, module.groups_per_update, world_size())
     if module.reward_shaping is not None or module.epochs_per_rollout * len(updates) > 1:
         experience.old_logprobs = module.student_logprobs(experience)
@@ -37,8 +38,7 @@ def fill_in(
     asked, distilled = _teacher_mask(module, experience, rollout), experience.kd_weights != 0
     experience.teacher_mask = asked
     if bool(asked.any()):
-        whole = distillation is not None and distillation.needs_divergence and bool(distilled.any())
-        module.teacher.score(experience, asked, hidden=whole)
+        module.teacher.score(experience, asked, hidden=module.objective.reads_teacher_vocabulary(rollout))
     else:
         experience.teacher_logprobs = torch.zeros_like(experience.kd_weights)
     if metrics is not None:
@@ -50,6 +50,13 @@ def fill_in(
         if tokens:
             read = float(experience.attention_mask[asked.any(1)].sum())
             metrics["perf/teacher_tokens_per_s"] = (read, seconds)
+
+
+def _share_prompts(module: KDRLModule, experience: Experience) -> bool:
+    """The same on every rank, so that all make the same forward passes."""
+    lengths = experience.prompt_lengths.tolist(), experience.response_lengths.tolist()
+    pays = sharing_pays(*lengths, experience.group.tolist(), module.max_tokens_per_micro_batch)
+    return bool(all_reduce_max(int(pays and module.shares_prompts), experience.device))
 
 
 def _active_distillation(module: KDRLModule, rollout: int) -> Distillation | None:
@@ -65,8 +72,8 @@ def _teacher_mask(module: KDRLModule, experience: Experience, rollout: int) -> T
 
 def _advantages(module: KDRLModule, experience: Experience, rollout: int) -> Tensor:
     """(B,) float32; zero in pure distillation, which looks at no reward and may have groups of one."""
-    unused = "pg" not in module.objective.terms and module.distillation.mask != "negative_advantage"
-    if unused:
+    masked = module.distillation is not None and module.distillation.mask == "negative_advantage"
+    if not masked and not any(term.needs_advantages for term in module.objective.terms.values()):
         return torch.zeros_like(experience.rewards)
     rewards = _shaped_rewards(module, experience, rollout)
     counted = ~experience.truncated if module.overlong_filter else None

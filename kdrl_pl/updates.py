@@ -11,7 +11,7 @@ from kdrl_pl.errors import RunError
 from kdrl_pl.experience import Experience
 from kdrl_pl.metrics import MetricSums
 from kdrl_pl.optim import clip_gradients
-from kdrl_pl.parallel import gradient_sync, world_size
+from kdrl_pl.parallel import all_reduce_max, gradient_sync, world_size
 
 if TYPE_CHECKING:
     from kdrl_pl.data.prompts import PromptBatch
@@ -34,13 +34,16 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
         RunError: sampler and trainer disagree, or too many steps in a row had no finite gradient.
     """
     optimizer, rollout = module.optimizers(), batch.rollout
+    sums.merge(module.prepare(rows, rollout, rows.old_logprobs if is_first else None))
     movable = rows[module.objective.active(rows, rollout)]  # no term can move the others; they are in the weights
-    passes = module.micro_batch_rows(movable.attention_mask.sum(1).tolist())
+    passes = module.micro_batch_rows(movable)
+    is_finite = torch.ones((), dtype=torch.bool, device=module.device)
     for number, index in enumerate(passes):
         part = movable[index] if index else _weightless(rows[:1])
         with gradient_sync(module, enabled=number == len(passes) - 1):
             output = module.loss(part, rollout)
             module.manual_backward(output.loss * world_size())  # ranks' gradients are averaged; we want the sum
+        is_finite &= output.loss.isfinite() & output.logprobs.isfinite().all()
         sums.add("train/loss", output.loss, 0.0)
         for name, value in output.parts.items():
             sums.add(f"train/{name}_loss", value, 0.0)
@@ -55,28 +58,35 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
         dtype = "bfloat16" if "bf16" in str(module.trainer.precision) else module.dtype_name
         module.sampler_check.run(sums, module.device, dtype)
     if not passes:
-        return _skip(module, "no row carries a signal: all rewards are equal and nothing is distilled", bad=False)
+        module.skipped_steps += 1
+        log.warning("step skipped: no row carries a signal: all rewards are equal and nothing is distilled")
+        return
     norm = clip_gradients(module.student, module.gradient_clip)
     sums.add("train/grad_norm", norm)
-    if not bool(torch.isfinite(norm)):
+    if all_reduce_max(int(not (is_finite & norm.isfinite())), module.device):
         optimizer.zero_grad()
-        return _skip(module, f"the gradient norm is {float(norm)} in rollout {rollout}", bad=True)
+        return _skip(module, batch, float(norm))
     module.is_between_updates = True
     optimizer.step()
     optimizer.zero_grad()
     module.skipped_in_a_row = 0
 
 
-def _skip(module: KDRLModule, why: str, bad: bool) -> None:
-    """Count a step that did not call the optimizer (AdamW moves the weights even when the loss is zero)."""
+def _skip(module: KDRLModule, batch: PromptBatch, norm: float) -> None:
+    """Count a step that did not call the optimizer because of a number that is not finite, and keep its rollout.
+
+    Every rank does so. A step without signal between two such steps does not begin the count anew: it mended nothing.
+    """
     module.skipped_steps += 1
-    log.warning("step skipped: %s", why)
-    module.skipped_in_a_row = module.skipped_in_a_row + 1 if bad else 0
+    module.skipped_in_a_row += 1
+    log.warning("step skipped: a loss, log-prob or gradient of rollout %d is not finite (norm %g)", batch.rollout, norm)
+    if module.nonfinite is not None:
+        module.nonfinite.write(batch.rollout, batch.experience)
     if module.skipped_in_a_row >= module.max_skipped_steps:
         raise RunError(
-            f"{module.skipped_in_a_row} steps in a row had no finite gradient (last: {why}); the weights are those "
-            "of the last good step. Lower the learning rate, bound the distillation (model.distillation.transform: "
-            "clip) or look at the rollout files"
+            f"{module.skipped_in_a_row} steps in a row had a loss, log-prob or gradient that is not finite (last: "
+            f"rollout {batch.rollout}); the weights are those of the last good step. Lower the learning rate, bound the distillation "
+            "(model.distillation.transform: clip) or look at the rollouts kept in the run folder's nonfinite/"
         )
 
 
@@ -84,4 +94,5 @@ def _weightless(rows: Experience) -> Experience:
     """A row that keeps a rank in step with the others and moves nothing."""
     rows.token_weights = torch.zeros_like(rows.token_weights)
     rows.kd_weights = torch.zeros_like(rows.kd_weights)
+    rows.slopes = None if rows.slopes is None else torch.zeros_like(rows.slopes)
     return rows

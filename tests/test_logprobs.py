@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from kdrl_pl import logprobs
-from kdrl_pl.logprobs import Head, TokenScores, token_scores
+from kdrl_pl.logprobs import Head, TokenScores, Vocabulary, token_scores
 
 N, V, H, H_TEACHER = 11, 13, 5, 3
 TRANSFORMS = {
@@ -52,12 +52,16 @@ def reverse_kl(student: Tensor, teacher: Tensor) -> Tensor:
     return (student.exp() * (student - teacher)).sum(-1)
 
 
+def read(vocabulary: Vocabulary) -> dict[str, Tensor]:
+    return {"divergence": reverse_kl(vocabulary.logprobs, vocabulary.teacher)}
+
+
 def gradients(scores: TokenScores, of: list[Tensor]) -> list[Tensor]:
     """Of a sum in which no two positions weigh the same."""
     n = len(scores.logprobs)
     loss = (scores.logprobs * torch.linspace(-1, 2, n)).sum()
-    if scores.divergence is not None:
-        loss = loss + (scores.divergence * torch.linspace(3, 1, n)).sum()
+    if scores.readings:
+        loss = loss + (scores.readings["divergence"] * torch.linspace(3, 1, n)).sum()
     return [g.double() for g in torch.autograd.grad(loss, of)]
 
 
@@ -88,7 +92,7 @@ def test_values_and_gradients(dtype: torch.dtype, transform: str, with_divergenc
         head,
         words(n),
         temperature,
-        divergence=reverse_kl if with_divergence else None,
+        read=read if with_divergence else None,
         teacher_hidden=teacher[0] if with_divergence else None,
         teacher_head=teacher_head if with_divergence else None,
     )
@@ -96,10 +100,10 @@ def test_values_and_gradients(dtype: torch.dtype, transform: str, with_divergenc
     expected = TokenScores(table[torch.arange(n), words(n)])
     if with_divergence:
         of_teacher = Head(*(x.double() for x in teacher[1:]), scale=0.9, softcap=3.0)
-        expected.divergence = reverse_kl(table, plain(teacher[0].double(), of_teacher, temperature))
-        assert_close(scores.divergence, expected.divergence, dtype)
+        expected.readings["divergence"] = reverse_kl(table, plain(teacher[0].double(), of_teacher, temperature))
+        assert_close(scores.readings["divergence"], expected.readings["divergence"], dtype)
     else:
-        assert scores.divergence is None
+        assert scores.readings == {}
     assert scores.logprobs.dtype == dtype
     assert_close(scores.logprobs, expected.logprobs, dtype)
     for got, wanted in zip(gradients(scores, list(leaves)), gradients(expected, list(exact)), strict=True):
@@ -125,12 +129,12 @@ def test_no_gradient_reaches_the_teacher() -> None:
         Head(weight),
         words(N),
         1.0,
-        divergence=reverse_kl,
+        read=read,
         teacher_hidden=teacher_hidden,
         teacher_head=Head(teacher_weight),
     )
     leaves = [hidden, weight, teacher_hidden, teacher_weight]
-    got = torch.autograd.grad(scores.divergence.sum(), leaves, allow_unused=True)
+    got = torch.autograd.grad(scores.readings["divergence"].sum(), leaves, allow_unused=True)
     assert [g is not None and bool(g.any()) for g in got] == [True, True, False, False]
 
 
@@ -184,11 +188,11 @@ def test_memory_holds_one_chunk_of_logits(with_divergence: bool) -> None:
             Head(weight),
             torch.arange(n),
             1.0,
-            divergence=reverse_kl if with_divergence else None,
+            read=read if with_divergence else None,
             teacher_hidden=teacher[0],
             teacher_head=teacher[1],
         )
-        loss = scores.logprobs.sum() if scores.divergence is None else scores.divergence.sum()
+        loss = scores.readings["divergence"].sum() if with_divergence else scores.logprobs.sum()
     assert sum(kept.values()) < 4 * vocabulary  # less than one chunk of logits stays until backward
     with largest:
         loss.backward()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kdrl_pl.experience import Experience
+from kdrl_pl.logprobs import Reader, Vocabulary
 from kdrl_pl.schedules import Schedule, as_schedule
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside every clip range, and its products stay finite in fp32
@@ -29,11 +30,11 @@ class PolicyOutput:
 
     Args:
         logprobs: (B, T) float32 nats, of the sampled tokens.
-        divergence: (B, T) float32, the full-vocabulary divergence to the teacher; when a term needs it.
+        readings: name -> (B, T) float32, what terms read off the whole vocabulary (`Term.read`).
     """
 
     logprobs: Tensor
-    divergence: Tensor | None = None
+    readings: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -60,8 +61,10 @@ class Term:
         coef: its coefficient, a number or a schedule over rollouts.
     """
 
-    needs_divergence = False  # the full-vocabulary divergence to the teacher, in the policy's output
     needs_teacher = False
+    needs_advantages = False
+    reads_vocabulary = False  # `read` is called on the log-probs of every word
+    reads_teacher_vocabulary = False  # the teacher's among them, where `teacher_tokens` asks
     sampled = True  # an average over sampled tokens, so rows of another sampler need importance weights
 
     def __init__(self, coef: Schedule | float) -> None:
@@ -82,6 +85,15 @@ class Term:
     def teacher_tokens(self, experience: Experience) -> Tensor:
         """(B, T) bool, tokens whose teacher log-probs the term reads; the teacher is asked about no others."""
         return torch.zeros_like(experience.response_mask)
+
+    def read(self, vocabulary: Vocabulary) -> dict[str, Tensor]:
+        """Name -> (N,) numbers of N positions, with gradient; the term finds them as `policy.readings[name]`, (B, T).
+
+        Only while the log-probs of the whole vocabulary exist, a chunk of positions at a time. Positions that the
+        teacher was not asked about hold nonsense, so the term must give them no weight. Where no position was asked,
+        a reader of the teacher's vocabulary is not called and its names are missing.
+        """
+        return {}
 
     def metrics(self, policy: PolicyOutput, experience: Experience, rollout: int) -> Sums:
         """What the term wants logged, as sums and counts."""
@@ -136,6 +148,28 @@ class Objective:
             if term.coef.value(rollout) != 0.0:
                 active |= term.active(experience)
         return active
+
+    def reader(self, rollout: int, with_teacher: bool) -> Reader | None:
+        """What the terms with a coefficient other than 0 read off the vocabulary, as one function; None for nothing.
+
+        Args:
+            rollout: number of the rollout, for schedules.
+            with_teacher: the teacher's vocabulary is at hand.
+        """
+        terms = [
+            term
+            for term in self.terms.values()
+            if term.reads_vocabulary
+            and term.coef.value(rollout) != 0.0
+            and (with_teacher or not term.reads_teacher_vocabulary)
+        ]
+        if not terms:
+            return None
+        return lambda vocabulary: {name: value for term in terms for name, value in term.read(vocabulary).items()}
+
+    def reads_teacher_vocabulary(self, rollout: int) -> bool:
+        """Whether a term with a coefficient other than 0 wants every word's log-prob of the teacher."""
+        return any(t.reads_teacher_vocabulary and t.coef.value(rollout) != 0.0 for t in self.terms.values())
 
     @property
     def needs_teacher(self) -> bool:

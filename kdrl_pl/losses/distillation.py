@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kdrl_pl.experience import Experience
+from kdrl_pl.logprobs import Vocabulary
 from kdrl_pl.losses.base import PolicyOutput, Sums, Term, inside, log_ratio
 from kdrl_pl.losses.transforms import Transform
 from kdrl_pl.losses.weights import KD_MASKS, KD_NORMALISERS
@@ -71,12 +72,12 @@ class Distillation(Term):
         self.estimator, self.mask, self.normaliser = estimator, mask, normaliser
         self.transform = Transform(transform, transform_bound)
         self.ratio_cap = ratio_cap
-        self.needs_divergence = estimator == "full"
-        self.sampled = not self.needs_divergence
+        self.reads_vocabulary = self.reads_teacher_vocabulary = estimator == "full"
+        self.sampled = estimator != "full"
 
     def __call__(self, policy: PolicyOutput, experience: Experience, rollout: int) -> Tensor:
-        if self.needs_divergence:
-            return torch.zeros_like(policy.logprobs) if policy.divergence is None else policy.divergence
+        if self.estimator == "full":
+            return policy.readings.get("divergence", torch.zeros_like(policy.logprobs))  # none: nothing is distilled
         d = teacher_gap(policy, experience)  # (B, T)
         pull = self._pull(d)
         ratio = log_ratio(policy, experience).exp()  # (B, T)
@@ -86,6 +87,9 @@ class Distillation(Term):
 
     def _pull(self, d: Tensor) -> Tensor:
         return torch.expm1(d) if self.estimator == "forward_kl" else self.transform(d)
+
+    def read(self, vocabulary: Vocabulary) -> dict[str, Tensor]:
+        return {"divergence": self.divergence(vocabulary.logprobs, vocabulary.teacher)}
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """(N,) full-vocabulary divergence of N positions: `sum_v p (log p - log q)`, gradient through the student.

@@ -29,6 +29,10 @@ class PolicyGradient(Term):
             kdrl_pl.losses.modulation. Where model.distillation masks the teacher it has no say here either.
     """
 
+    only_normaliser: str | None = None  # the one that the term is sound under; None = any
+
+    needs_advantages = True
+
     def __init__(
         self,
         coef: Schedule | float = 1.0,
@@ -49,15 +53,15 @@ class PolicyGradient(Term):
         self.needs_teacher = modulation is not None
 
     def __call__(self, policy: PolicyOutput, experience: Experience, rollout: int) -> Tensor:
-        ratio, advantages = self._modulated(policy, experience)  # (B, T) each
+        ratio, advantages = self.ratio_and_advantages(policy, experience)  # (B, T) each
         surrogate = torch.minimum(ratio * advantages, self._clip(ratio) * advantages)  # (B, T)
         if self.dual_clip is not None:
             bounded = torch.maximum(surrogate, self.dual_clip * advantages)
             surrogate = torch.where(advantages < 0, bounded, surrogate)
         return -surrogate
 
-    def _modulated(self, policy: PolicyOutput, experience: Experience) -> tuple[Tensor, Tensor]:
-        """(B, T) ratio with gradient, and (B, T) advantages."""
+    def ratio_and_advantages(self, policy: PolicyOutput, experience: Experience) -> tuple[Tensor, Tensor]:
+        """(B, T) ratio with gradient, and (B, T) advantages, as the surrogate takes them."""
         ratio = log_ratio(policy, experience)
         advantages = experience.advantages[:, None].expand_as(ratio)
         if self.modulation is not None:
@@ -80,7 +84,7 @@ class PolicyGradient(Term):
 
     def metrics(self, policy: PolicyOutput, experience: Experience, rollout: int) -> Sums:
         mask = experience.response_mask
-        ratio, advantages = (x.detach() for x in self._modulated(policy, experience))
+        ratio, advantages = (x.detach() for x in self.ratio_and_advantages(policy, experience))
         clipped = (self._clip(ratio) * advantages < ratio * advantages) & mask
         tokens = mask.sum().float()
         return {

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kdrl_pl.logprobs import Divergence, Head, TokenScores, token_scores
+from kdrl_pl.logprobs import Head, Reader, TokenScores, Vocabulary, token_scores
 from kdrl_pl.models.loading import load_model, load_tokenizer, vocabulary_size
+from kdrl_pl.models.shared_prompts import SharedPrompts, can_share, hidden_before
 from kdrl_pl.sequences import predicting_positions
 
 if TYPE_CHECKING:
@@ -27,12 +28,12 @@ class TokenLogprobs(NamedTuple):
 
     Args:
         logprobs: (B, T) float32 nats, zero outside the mask.
-        divergence: (B, T) float32 full-vocabulary divergence to the teacher; None unless asked for.
+        readings: name -> (B, T) float32, what the reader made of the whole vocabulary, zero outside the mask.
         hidden: (B, T, H) last hidden states, at position t the one that predicts token t; None unless asked for.
     """
 
     logprobs: Tensor
-    divergence: Tensor | None = None
+    readings: dict[str, Tensor]
     hidden: Tensor | None = None
 
 
@@ -63,11 +64,18 @@ class LanguageModel(nn.Module):
         self.vocab_size = vocab_size
         self.uses_own_head = True
         self.check_head()
+        self._can_share_prompts = can_share(model)
+        self.check_shared_prompts()
 
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the prompt of a group may be read once; recomputed activations would drop the cache."""
+        return self._can_share_prompts and not any(getattr(m, "gradient_checkpointing", False) for m in self.modules())
 
     @classmethod
     def load(
@@ -106,39 +114,45 @@ class LanguageModel(nn.Module):
         mask: Tensor,
         temperature: float = 1.0,
         *,
-        divergence: Divergence | None = None,
+        read: Reader | None = None,
         teacher_hidden: Tensor | None = None,
         teacher_head: Head | None = None,
         return_hidden: bool = False,
+        shared: SharedPrompts | None = None,
     ) -> TokenLogprobs:
-        """Log-probs of the masked tokens, and their full-vocabulary divergence to the teacher when asked for.
+        """Log-probs of the masked tokens, and what else is read off the whole vocabulary at their positions.
 
         Args:
             input_ids: (B, T) int64, padding only on the right (so the causal mask hides it and no mask is passed).
             mask: (B, T) bool, True on the tokens wanted, never at position 0.
             temperature: of the sampler; logits are divided by it.
-            divergence: function of student and teacher log-probs; needs the next two.
+            read: see `logprobs.Reader`; sees the teacher's vocabulary with the next two.
             teacher_hidden: (B, T, H_T), from the teacher's `token_logprobs(..., return_hidden=True)`.
             teacher_head: the teacher's `head()`.
             return_hidden: also return the hidden states.
+            shared: rows that share their prompt, which is then read once; None reads every row whole.
         """
         rows, columns, before = predicting_positions(mask)
-        body = self._body(input_ids)  # (B, T, H)
-        hidden = body[rows, before]  # (N, H)
+        if shared is None:
+            hidden = self._body(input_ids)[rows, before]  # (N, H)
+        else:
+            hidden = hidden_before(self._body, input_ids, rows, before, shared)
         of_teacher = None if teacher_hidden is None else teacher_hidden[rows, columns]
         scores = self._scores(
             hidden,
             input_ids[rows, columns],
             temperature,
-            divergence=divergence,
+            read=read,
             teacher_hidden=of_teacher,
             teacher_head=teacher_head,
         )
         empty = torch.zeros(input_ids.shape, dtype=scores.logprobs.dtype, device=input_ids.device)
         return TokenLogprobs(
             empty.index_put((rows, columns), scores.logprobs),
-            None if scores.divergence is None else empty.index_put((rows, columns), scores.divergence),
-            torch.zeros_like(body).index_put((rows, columns), hidden) if return_hidden else None,
+            {name: empty.index_put((rows, columns), value) for name, value in scores.readings.items()},
+            hidden.new_zeros(*mask.shape, hidden.shape[1]).index_put((rows, columns), hidden)
+            if return_hidden
+            else None,
         )
 
     def head(self) -> Head:
@@ -160,24 +174,39 @@ class LanguageModel(nn.Module):
             getattr(config, "final_logit_softcapping", None),
         )
 
-    def _body(self, input_ids: Tensor) -> Tensor:
+    def _body(self, input_ids: Tensor, use_cache: bool = False, **arguments) -> Tensor:
         """(B, T, H) last hidden states; or (B, T, V) logits where the model's head is not ours to repeat."""
         if not self.uses_own_head:
-            return self.model(input_ids=input_ids, use_cache=False).logits
-        return self.model.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return self.model(input_ids=input_ids, use_cache=use_cache, **arguments).logits
+        return self.model.base_model(input_ids=input_ids, use_cache=use_cache, **arguments).last_hidden_state
 
-    def _scores(self, hidden: Tensor, tokens: Tensor, temperature: float, **teacher) -> TokenScores:
+    def _scores(
+        self,
+        hidden: Tensor,
+        tokens: Tensor,
+        temperature: float,
+        *,
+        read: Reader | None,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+    ) -> TokenScores:
         if self.uses_own_head:
-            return token_scores(hidden, self.head(), tokens, temperature, **teacher)
-        if teacher["divergence"] is not None:
-            raise ValueError(
-                f"{type(self.model).__name__} computes logits in a way that the full-vocabulary form cannot repeat; "
-                "use distillation.estimator k2"
+            return token_scores(
+                hidden,
+                self.head(),
+                tokens,
+                temperature,
+                read=read,
+                teacher_hidden=teacher_hidden,
+                teacher_head=teacher_head,
             )
         logits = hidden[:, : self.vocab_size]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         logprobs = (logits / temperature).log_softmax(-1)
-        return TokenScores(logprobs.gather(1, tokens[:, None])[:, 0])
+        with torch.no_grad():
+            of_teacher = None if teacher_hidden is None else teacher_head.logprobs(teacher_hidden, temperature)
+        readings = {} if read is None else read(Vocabulary(logprobs, tokens, of_teacher))
+        return TokenScores(logprobs.gather(1, tokens[:, None])[:, 0], readings)
 
     @torch.no_grad()
     def check_head(self) -> float:
@@ -198,9 +227,7 @@ class LanguageModel(nn.Module):
         self.model.train(was_training)
         plain = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
         difference = float((ours[:, 1:] - plain).abs().max())
-        dtype = self.model.get_output_embeddings().weight.dtype
-        tolerance = 0.1 if dtype in (torch.bfloat16, torch.float16) else HEAD_TOLERANCE
-        self.uses_own_head = difference <= tolerance
+        self.uses_own_head = difference <= self._tolerance
         if not self.uses_own_head:
             log.warning(
                 "%s transforms its logits in a way we do not know (%.2g nats): the plain logits are used, slower",
@@ -208,3 +235,36 @@ class LanguageModel(nn.Module):
                 difference,
             )
         return difference
+
+    @torch.no_grad()
+    def check_shared_prompts(self) -> float:
+        """Largest difference in nats between rows read whole and with their prompts shared, on two short groups.
+
+        Where it exceeds the tolerance, rows are read whole from then on.
+        """
+        if not self._can_share_prompts:
+            return 0.0
+        device = self.model.get_output_embeddings().weight.device
+        ids = torch.linspace(0, self.vocab_size - 1, 28, device=device).long().view(4, 7)
+        ids[1, :3], ids[3, :2] = ids[0, :3], ids[2, :2]  # prompts of three and of two tokens
+        lengths = torch.tensor([3, 3, 2, 2], device=device)
+        mask = torch.arange(7, device=device) >= lengths[:, None]
+        shared = SharedPrompts(torch.tensor([0, 0, 1, 1], device=device), lengths)
+        was_training = self.model.training
+        self.model.eval()
+        whole, once = (self.token_logprobs(ids, mask, shared=form).logprobs for form in (None, shared))
+        self.model.train(was_training)
+        difference = float((whole - once).abs().max())
+        self._can_share_prompts = difference <= self._tolerance
+        if not self._can_share_prompts:
+            log.warning(
+                "%s reads responses differently behind a cached prompt (%.2g nats): every row is read whole, slower",
+                type(self.model).__name__,
+                difference,
+            )
+        return difference
+
+    @property
+    def _tolerance(self) -> float:
+        dtype = self.model.get_output_embeddings().weight.dtype
+        return 0.1 if dtype in (torch.bfloat16, torch.float16) else HEAD_TOLERANCE

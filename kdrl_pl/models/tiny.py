@@ -1,6 +1,6 @@
-"""Tiny models of the quick start: a Llama on characters with random weights, to be taught by `kdrl sft`.
+"""Tiny models of the quick start and the testbeds: a Llama on characters with random weights, for `kdrl sft` to teach.
 
-python -m kdrl_pl.models.tiny FOLDER --hidden 64 --layers 2
+python -m kdrl_pl.models.tiny FOLDER --hidden 64 --layers 2 --task addition
 """
 
 from __future__ import annotations
@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from kdrl_pl.data.tasks import addition
+from kdrl_pl.data.tasks import addition, knights
 from kdrl_pl.models.character_tokenizer import character_tokenizer
+
+ALPHABETS = {"addition": addition.ALPHABET, "knights": knights.ALPHABET}
 
 
 def write_tiny(folder: Path, hidden: int, layers: int, alphabet: str = addition.ALPHABET, intermediate: int = 0) -> int:
@@ -51,8 +53,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--hidden", type=int, default=64)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--intermediate", type=int, default=0)
+    parser.add_argument("--task", choices=ALPHABETS, default="addition")
     options = parser.parse_args()
-    parameters = write_tiny(options.folder, options.hidden, options.layers)
+    alphabet = ALPHABETS[options.task]
+    parameters = write_tiny(options.folder, options.hidden, options.layers, alphabet, options.intermediate)
     print(f"wrote {options.folder}: {parameters:,} parameters, random weights")
 
 

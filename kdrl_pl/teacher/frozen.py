@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kdrl_pl.experience import Experience
 from kdrl_pl.models.loading import check_model_path, load_tokenizer
-from kdrl_pl.sequences import micro_batches
+from kdrl_pl.models.shared_prompts import SharedPrompts
+from kdrl_pl.sequences import group_batches, micro_batches, sharing_pays
 from kdrl_pl.teacher.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -119,20 +120,29 @@ class FrozenTeacher:
             )
         asked = asked & experience.response_mask
         experience.teacher_logprobs = torch.zeros(asked.shape, dtype=torch.float32, device=experience.device)
-        rows = asked.any(1).nonzero().flatten().tolist()
-        lengths = experience.attention_mask.sum(1).tolist()
+        rows = asked.any(1).nonzero().flatten()
         if hidden:
             weight = self.head().weight
             shape = (*asked.shape, weight.shape[1])
             experience.teacher_hidden = torch.zeros(shape, dtype=weight.dtype, device=experience.device)
-        for batch in micro_batches([lengths[row] for row in rows], self.max_tokens_per_micro_batch):
-            index = [rows[i] for i in batch]
-            width = max(lengths[row] for row in index)
+        shares, batches = self._passes(experience, rows)
+        for batch in batches:
+            index = rows[batch]
+            width = int(experience.attention_mask[index].sum(1).max())
             ids, mask = experience.input_ids[index, :width], asked[index, :width]
-            scores = self.model.token_logprobs(ids, mask, experience.temperature, return_hidden=hidden)
+            shared = SharedPrompts(experience.group[index], experience.prompt_lengths[index]) if shares else None
+            scores = self.model.token_logprobs(ids, mask, experience.temperature, return_hidden=hidden, shared=shared)
             experience.teacher_logprobs[index, :width] = scores.logprobs.float()
             if hidden:
                 experience.teacher_hidden[index, :width] = scores.hidden
+
+    def _passes(self, experience: Experience, rows: Tensor) -> tuple[bool, list[list[int]]]:
+        """Whether the prompt of a group is read once, and which of `rows` go through each forward pass."""
+        lengths = experience.prompt_lengths[rows].tolist(), experience.response_lengths[rows].tolist()
+        group, budget = experience.group[rows].tolist(), self.max_tokens_per_micro_batch
+        if self.model.shares_prompts and sharing_pays(*lengths, group, budget):
+            return True, group_batches(*lengths, group, budget)
+        return False, micro_batches([sum(pair) for pair in zip(*lengths, strict=True)], budget)
 
     def head(self) -> Head:
         """The teacher's output head, for the full-vocabulary form."""

@@ -74,7 +74,7 @@ def test_full_vocabulary_value_and_gradient() -> None:
     assert divergence.tolist() == pytest.approx([V5["reverse_kl"]], abs=1e-6)
     got = gradient(
         Distillation(1.0, "full"),
-        PolicyOutput(torch.zeros(1, 2).double(), behind_a_prompt(divergence)),
+        PolicyOutput(torch.zeros(1, 2).double(), {"divergence": behind_a_prompt(divergence)}),
         one_token_rows(torch.zeros(1), torch.ones(1)),
         logits,
     )
@@ -224,8 +224,8 @@ def test_rows_without_a_distilled_token_need_no_divergence() -> None:
 def test_the_default_is_the_reverse_kl_with_the_coefficient_of_the_paper() -> None:
     term = Distillation()
     assert (term.estimator, term.mask, term.normaliser, term.transform.name) == ("k2", "none", "all", "none")
-    assert (term.coef.value(0), term.ratio_cap, term.needs_divergence) == (2e-3, None, False)
-    assert Distillation(estimator="full").needs_divergence
+    assert (term.coef.value(0), term.ratio_cap, term.reads_vocabulary) == (2e-3, None, False)
+    assert Distillation(estimator="full").reads_teacher_vocabulary
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,8 @@ def expected_gradient(
         experience.kd_weights = torch.where(keep[:, None], experience.kd_weights, 0.0)
     policy = PolicyOutput(on_tokens(table))
     for term in terms:
-        if term.needs_divergence:
-            policy.divergence = full_vocabulary(term, table, teacher)
+        if term.reads_vocabulary:
+            policy.readings["divergence"] = full_vocabulary(term, table, teacher)
     Objective({str(i): term for i, term in enumerate(terms)})(policy, experience, 0).loss.backward()
     return logits.grad
 
@@ -193,13 +193,13 @@ def test_teacher_equal_to_student_gives_no_gradient(estimator: str, temperature:
             head,
             words,
             temperature,
-            divergence=term.divergence if term.needs_divergence else None,
+            read=term.read if term.reads_vocabulary else None,
             teacher_hidden=hidden,
             teacher_head=teacher_head,
         )
         policy = PolicyOutput(torch.nn.functional.pad(scores.logprobs.view(9, LENGTH), (1, 0)))
-        if scores.divergence is not None:
-            policy.divergence = torch.nn.functional.pad(scores.divergence.view(9, LENGTH), (1, 0))
+        for name, values in scores.readings.items():
+            policy.readings[name] = torch.nn.functional.pad(values.view(9, LENGTH), (1, 0))
         Objective({"kd": term})(policy, experience, 0).loss.backward()
         return leaf.grad.norm().item()
 

@@ -75,7 +75,7 @@ def test_weights_scale_both_sampled_terms(cap: float | None, reused: bool) -> No
 
 def test_the_whole_vocabulary_has_no_sampled_token_to_weigh() -> None:
     e, divergence = make_experience(False), torch.ones(3, WIDTH, dtype=torch.float64)
-    policy = PolicyOutput(table(LOGPROBS), divergence)
+    policy = PolicyOutput(table(LOGPROBS), {"divergence": divergence})
     losses = [Objective({"kd": Distillation(1.0, "full")}, cap)(policy, e, 0).loss.item() for cap in (None, 2.0)]
     assert losses == [pytest.approx(2 * 0.3 + 0.6)] * 2
 

@@ -226,7 +226,7 @@ def make_policy(setting: Setting, logits: Tensor, e: Experience) -> PolicyOutput
         distilled = e.kd_weights != 0
         student, teacher = ((x[distilled] / TEMPERATURE).log_softmax(-1) for x in (logits, TEACHER))
         divergence = objective.terms["kd"].divergence(student, teacher)
-        policy.divergence = garbage().index_put(distilled.nonzero(as_tuple=True), divergence)
+        policy.readings["divergence"] = garbage().index_put(distilled.nonzero(as_tuple=True), divergence)
     return policy
 
 
@@ -309,7 +309,8 @@ def test_the_loss_is_a_sum_over_rows(estimator: str) -> None:
     for part in ([5, 0], [2], [1, 3, 6, 4]):
         policy = make_policy(setting, logits, e)
         width = e[part].input_ids.shape[1]
-        cut = PolicyOutput(*(None if x is None else x[part, :width] for x in (policy.logprobs, policy.divergence)))
+        readings = {name: x[part, :width] for name, x in policy.readings.items()}
+        cut = PolicyOutput(policy.logprobs[part, :width], readings)
         output = make_objective(setting)(cut, e[part], ROLLOUT)
         output.loss.backward()
         loss += output.loss.item()
@@ -406,17 +407,17 @@ def test_gradient_in_the_parameters_of_a_model(estimator: str, transform: str, r
     expected = torch.autograd.grad(loss, list(student.parameters()))
 
     ours, objective = LanguageModel(student, VOCABULARY), make_objective(setting)
-    full = objective.terms["kd"].divergence if estimator == "full" else None
+    full = objective.reader(ROLLOUT, with_teacher=True)
     scores = ours.token_logprobs(
         e.input_ids,
         e.response_mask,
         TEMPERATURE,
-        divergence=full,
+        read=full,
         teacher_hidden=hidden if full else None,
         teacher_head=ours_teacher.head() if full else None,
     )
     student.zero_grad()
-    objective(PolicyOutput(scores.logprobs, scores.divergence), e, ROLLOUT).loss.backward()
+    objective(PolicyOutput(scores.logprobs, scores.readings), e, ROLLOUT).loss.backward()
     got = torch.cat([parameter.grad.flatten() for parameter in student.parameters()])
     expected = torch.cat([g.flatten() for g in expected])
     assert (got - expected).norm() <= 1e-6 * expected.norm()

@@ -9,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from kdrl_pl.logprobs import Vocabulary
 from kdrl_pl.models.language_model import LanguageModel
 
 VOCABULARY, ROWS_OF_HEAD, TEMPERATURE = 23, 32, 0.7  # nine rows of the head are padding
@@ -170,20 +171,23 @@ def test_divergence_and_its_gradient(families: tuple[str, str]) -> None:
     def reverse_kl(p: Tensor, q: Tensor) -> Tensor:
         return (p.exp() * (p - q)).sum(-1)
 
+    def read(vocabulary: Vocabulary) -> dict[str, Tensor]:
+        return {"divergence": reverse_kl(vocabulary.logprobs, vocabulary.teacher)}
+
     with torch.no_grad():
         hidden = frozen.token_logprobs(ids, asked, TEMPERATURE, return_hidden=True).hidden
     assert not hidden[~asked].any()
     scores = ours.token_logprobs(
-        ids, mask, TEMPERATURE, divergence=reverse_kl, teacher_hidden=hidden, teacher_head=frozen.head()
+        ids, mask, TEMPERATURE, read=read, teacher_hidden=hidden, teacher_head=frozen.head()
     )
     tables = []
     for model in (student, teacher):
         logits = model(input_ids=ids).logits[:, :-1, :VOCABULARY].double()
         tables.append(torch.nn.functional.pad((logits / TEMPERATURE).log_softmax(-1), (0, 0, 1, 0)))
     expected = torch.where(asked, reverse_kl(tables[0], tables[1].detach()), 0.0)
-    got = torch.where(asked, scores.divergence, 0.0)
+    got = torch.where(asked, scores.readings["divergence"], 0.0)
     assert (got - expected).abs().max() < 1e-5
-    assert not scores.divergence[~mask].any()
+    assert not scores.readings["divergence"][~mask].any()
     got, expected = gradient(weigh(got), student), gradient(weigh(expected), student)
     assert (got - expected).norm() <= 3e-6 * expected.norm()
 
@@ -229,16 +233,20 @@ def test_an_unknown_head_is_noticed_in_float64_and_bf16_too() -> None:
         assert not LanguageModel(louder(dtype), VOCABULARY).uses_own_head
 
 
-def test_the_full_vocabulary_form_needs_a_known_head_on_both_sides() -> None:
-    # Red: teacher or student silently compared without its output transform.
-    ours, known, (ids, mask) = LanguageModel(louder(), VOCABULARY), LanguageModel(make("llama"), VOCABULARY), rows()
-    hidden = torch.zeros(*ids.shape, 16)
+def test_a_teacher_with_an_unknown_head_has_no_full_vocabulary_form() -> None:
+    # Red: the teacher silently compared without its output transform.
     with pytest.raises(ValueError, match=r"Louder.*k2"):
-        ours.token_logprobs(
-            ids, mask, divergence=lambda p, q: p.sum(-1), teacher_hidden=hidden, teacher_head=known.head()
-        )
-    with pytest.raises(ValueError, match=r"Louder.*k2"):
-        ours.head()
+        LanguageModel(louder(), VOCABULARY).head()
+
+
+def test_the_vocabulary_of_a_student_with_an_unknown_head() -> None:
+    # Red: the reader sees logits without the transform or the temperature, or is not called.
+    ours, (ids, mask) = LanguageModel(louder(), VOCABULARY).eval(), rows()
+    read = {"entropy": lambda v: -(v.logprobs.exp() * v.logprobs).sum(-1)}
+    got = ours.token_logprobs(ids, mask, TEMPERATURE, read=lambda v: {n: f(v) for n, f in read.items()}).readings
+    logits = ours.model(input_ids=ids).logits[:, :-1, :VOCABULARY].double() / TEMPERATURE
+    entropy = torch.distributions.Categorical(logits=logits).entropy()
+    assert (got["entropy"][:, 1:] - torch.where(mask[:, 1:], entropy, 0.0)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("training", [True, False])

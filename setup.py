@@ -1,4 +1,4 @@
-"""Puts the configs and the tiny models of the quick start into the wheel, as `kdrl_pl/packaged/`.
+"""Puts the configs and the tiny models of quick start and testbeds into the wheel, as `kdrl_pl/packaged/`.
 
 In the repository they stand at the top, where people look for them; everything else is in pyproject.toml.
 """
@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-PACKAGED = ("configs", "checkpoints/tiny-student", "checkpoints/tiny-teacher")
+PACKAGED = ("configs", "checkpoints/tiny-student", "checkpoints/tiny-teacher", "checkpoints/testbeds")
 
 
 class BuildWithPackaged(build_py):

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common.machine import copy_rate, product_rate
+from common.machine import seconds as seconds_on
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from kdrl_pl.experience import Experience
@@ -34,7 +34,6 @@ SHAPES = {  # hidden, intermediate, layers, heads, key-value heads: Qwen2.5's
 }
 VOCABULARY = 151_936
 PROMPTS, GROUP, PROMPT_TOKENS, RESPONSE_TOKENS = 16, 8, 256, 256
-REPEATS = 3
 
 
 def model(shape: str, dtype: torch.dtype, device: str, vocabulary: int = VOCABULARY) -> LanguageModel:
@@ -90,26 +89,14 @@ def sample(student: LanguageModel, device: str, tokens: int, prompts: int = PROM
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """Median wall-clock seconds of `work`, device finished, one warm-up."""
-    times = []
-    for i in range(REPEATS + 1):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        work()
-        torch.cuda.synchronize()
-        if i:
-            times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    """Median wall-clock seconds on the card."""
+    return seconds_on(work, "cuda")
 
 
 def ceilings() -> dict[str, float]:
     """Measured bf16 matrix-product rate (TFLOP/s) and copy bandwidth (TB/s, bytes read plus written)."""
-    a = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    product = seconds(lambda: [a @ a for _ in range(10)]) / 10
-    x = torch.randn(1 << 30, device="cuda", dtype=torch.bfloat16)
-    y = torch.empty_like(x)
-    copy = seconds(lambda: [y.copy_(x) for _ in range(10)]) / 10
-    return {"tflops": 2 * 8192**3 / product / 1e12, "tb_per_s": 2 * x.numel() * 2 / copy / 1e12}
+    product = product_rate("cuda", torch.bfloat16, 8192, times=10)
+    return {"tflops": product / 1e12, "tb_per_s": copy_rate("cuda", 1 << 30, times=10) / 1e12}
 
 
 def correctness() -> dict[str, float]:

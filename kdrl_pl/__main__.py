@@ -10,7 +10,9 @@ COMMANDS = {
     "test": "the same on the test sets",
     "predict": "write prompts, completions, rewards and log-probs as JSONL",
     "sft": "supervised fine-tuning: the off-policy baseline, and how the tiny models are made",
+    "replay": "push stored rollouts through every estimator, mask and coefficient",
     "export": "turn a run's checkpoint into a Hugging Face folder",
+    "study": "compare arms over seeds and testbeds: runs, tables, learning curves",
 }
 
 HELP = """usage: kdrl COMMAND [--config FILE ...] [--SECTION.KEY VALUE ...]
@@ -25,6 +27,7 @@ examples:
   kdrl fit --config configs/kdrl.yaml --config configs/arms/grpo.yaml --model.student PATH
   kdrl fit --resume runs/quickstart/2026-01-31_12-00-00
   kdrl export runs/quickstart/2026-01-31_12-00-00
+  kdrl study --config configs/studies/smoke.yaml
 
 `kdrl COMMAND --help` lists its options; `kdrl fit ... --print_config` shows the settings a run would have.
 """

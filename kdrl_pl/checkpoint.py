@@ -9,6 +9,7 @@ import hashlib
 import logging
 import pickle
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
 
 from kdrl_pl.boundary import rewind_loops
+from kdrl_pl.errors import RunError
 from kdrl_pl.files import replacing, write_json_atomic
 
 log = logging.getLogger(__name__)
@@ -29,17 +31,28 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Save, or leave everything as it was.
+
+        Raises:
+            RunError: it could not be written (full disk, quota, limit on the size of files).
+        """
         if storage_options is not None:
             raise TypeError("storage_options are for remote file systems; this CheckpointIO writes local files")
         target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(target) as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            # Named before the rename, and beside the old file's: whichever of the two a kill leaves is vouched for.
-            checksums = "\n".join([_checksum(Path(file.name)), *_checksums(target)])
-            with replacing(_checksum_path(target)) as text:
-                text.write(checksums.encode())
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target) as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                # Named before the rename, beside the old file's: whichever of the two a kill leaves is vouched for.
+                checksums = "\n".join([_checksum(Path(file.name)), *_checksums(target)])
+                with replacing(_checksum_path(target)) as text:
+                    text.write(checksums.encode())
+        except (OSError, RuntimeError) as error:  # torch hides the system's error behind one of its own
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise RunError(
+                f"{target} could not be saved: {cause}. Earlier checkpoints are whole; make room and resume"
+            ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Plain tensors and numbers only: a checkpoint cannot run code.
@@ -113,8 +126,14 @@ class Checkpoints(Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._save(trainer, pl_module, "last")
 
-    def _save(self, trainer: Any, pl_module: Any, kind: str) -> None:
+    def save_last(self, trainer: Any, pl_module: Any) -> Path:
+        """Save now, and return the file; every rank calls it."""
+        return self._save(trainer, pl_module, "last")
+
+    def _save(self, trainer: Any, pl_module: Any, kind: str) -> Path:
         path = self.folder / f"{kind}-{pl_module.iterations_done:06d}.ckpt"
+        if trainer.is_global_zero:
+            require_space(self.folder)
         trainer.save_checkpoint(path)
         if trainer.is_global_zero:
             for older in self.folder.glob(f"{kind}-*.ckpt"):
@@ -122,6 +141,7 @@ class Checkpoints(Callback):
                     trainer.strategy.checkpoint_io.remove_checkpoint(older)
             if kind == "best":
                 write_json_atomic(self.folder / "best.json", {"file": path.name, self.monitor: self.best})
+        return path
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["validation_is_due"] = self._validation_is_due or self._is_before_validation(trainer, pl_module)
@@ -142,6 +162,23 @@ class Checkpoints(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+
+
+def require_space(folder: Path) -> None:
+    """Check, before anything is touched, that a checkpoint of the size of the newest one fits on the disk.
+
+    Raises:
+        RunError: it does not.
+    """
+    files = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return
+    size, free = files[-1].stat().st_size, shutil.disk_usage(folder).free
+    if free < size:
+        raise RunError(
+            f"no room for a checkpoint in {folder}: {free / 1e6:.0f} MB are free, and the last one took "
+            f"{size / 1e6:.0f} MB. {files[-1].name} is whole; make room and resume from it"
+        )
 
 
 def find_checkpoint(run: str | Path, kind: str = "last") -> Path:

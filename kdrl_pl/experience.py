@@ -28,6 +28,7 @@ _OPTIONAL = {
     "old_logprobs": (torch.float32, 2),
     "teacher_logprobs": (torch.float32, 2),
     "teacher_mask": (torch.bool, 2),
+    "reference_logprobs": (torch.float32, 2),
     "advantages": (torch.float32, 1),
     "token_weights": (torch.float32, 1),
     "kd_weights": (torch.float32, 2),
@@ -53,8 +54,9 @@ class Experience:
         truncated: (B,) bool, no end token within the budget; default all False.
         behavior_logprobs: (B, T) float32 nats, what the sampler saw; None when rows come from elsewhere.
         old_logprobs: (B, T) float32 nats, the student before the first update; None when rows are used for one update.
-        teacher_logprobs: (B, T) float32 nats, zero where `teacher_mask` is False.
+        teacher_logprobs: (B, T) float32 nats, of the `stop_cell` at a stop token; zero where `teacher_mask` is False.
         teacher_mask: (B, T) bool, tokens the teacher was asked about: those some term of the objective reads.
+        reference_logprobs: (B, T) float32 nats, of the reference; None where no term asks it.
         advantages: (B,) float32.
         token_weights: (B,) float32, weight of each response token of the row in the summed loss.
         kd_weights: (B, T) float32, the same for the distillation term: mask, gate and normaliser in one, zero = masked.
@@ -62,6 +64,7 @@ class Experience:
             filled in by `KDRLModule.prepare`.
         teacher_hidden: (B, T, H) the teacher's last hidden states, only for the full-vocabulary form.
         temperature: of the sampler; student, old, behaviour and teacher log-probs all use it.
+        stop_cell: ids that are one word wherever student and teacher are compared, see kdrl_pl/stop_cell.py.
         max_response_tokens: the sampler's budget (L_max of the normaliser "constant"); None when unknown.
         share_prompts: forward passes of the student read the prompt of a group once; `KDRLModule.score` decides it.
         uids: one string per row naming its prompt.
@@ -84,12 +87,14 @@ class Experience:
         old_logprobs: Tensor | None = None,
         teacher_logprobs: Tensor | None = None,
         teacher_mask: Tensor | None = None,
+        reference_logprobs: Tensor | None = None,
         advantages: Tensor | None = None,
         token_weights: Tensor | None = None,
         kd_weights: Tensor | None = None,
         slopes: Tensor | None = None,
         teacher_hidden: Tensor | None = None,
         temperature: float = 1.0,
+        stop_cell: Sequence[int] = (),
         max_response_tokens: int | None = None,
         share_prompts: bool = False,
         uids: Sequence[str] | None = None,
@@ -105,12 +110,14 @@ class Experience:
         self.old_logprobs = old_logprobs
         self.teacher_logprobs = teacher_logprobs
         self.teacher_mask = teacher_mask
+        self.reference_logprobs = reference_logprobs
         self.advantages = advantages
         self.token_weights = token_weights
         self.kd_weights = kd_weights
         self.slopes = slopes
         self.teacher_hidden = teacher_hidden
         self.temperature = float(temperature)
+        self.stop_cell = tuple(stop_cell)
         self.max_response_tokens = max_response_tokens
         self.share_prompts = share_prompts
         self.uids = list(uids) if uids is not None else [str(g) for g in group.tolist()]
@@ -174,7 +181,8 @@ class Experience:
 
     def _common(self) -> dict:
         """What all rows have in common."""
-        return {name: getattr(self, name) for name in ("temperature", "max_response_tokens", "share_prompts")}
+        names = ("temperature", "stop_cell", "max_response_tokens", "share_prompts")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def device(self) -> torch.device:

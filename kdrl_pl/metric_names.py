@@ -1,6 +1,6 @@
 """Every metric a run logs: name, meaning, unit, and how ranks are put together. docs/metrics.md is made from it.
 
-`<part>`, `<set>` and `<k>` stand for the name of a reward, the name of a validation set and a number.
+`<term>`, `<part>`, `<set>` and `<k>` stand for the names of a term, a reward and a validation set and for a number.
 `python -m kdrl_pl.metric_names` prints the tables of docs/metrics.md; a test compares the two.
 """
 
@@ -24,11 +24,15 @@ METRICS: dict[str, str] = {
     "train/lr": "learning rate of the last update of the rollout [1]",
     "train/pg_coef": "coefficient a of the policy-gradient term at this rollout [1]",
     "train/kd_coef": "coefficient β of the distillation term at this rollout [1]",
-    "train/skipped_steps": "optimizer steps skipped so far, because no row carried a signal or the gradient was "
-    "not finite [steps]",
+    "train/skipped_steps": "optimizer steps skipped so far, because no row carried a signal or a loss, log-prob "
+    "or gradient was not finite [steps]",
     "train/kd_to_rl": "pull of the teacher over pull of the reward, β·Σw·m·abs(f(d)) / Σw·abs(Â); "
     "absent when all advantages are zero [1]",
     "train/sign_conflict": "response tokens on which reward and teacher pull in opposite directions [share]",
+    "train/<term>_loss": "a further term of the objective by its name in model.terms, its coefficient included [1]",
+    "train/<term>_coef": "its coefficient at this rollout [1]",
+    "train/kl_to_old": "KL(old ‖ current), mean over response tokens, as it is before each update; only with DisCO "
+    "[nats]",
     "rollout/length": "length of a response, end token included, mean over responses [tokens]",
     "rollout/length_correct": "the same over correct responses; absent when there are none [tokens]",
     "rollout/length_incorrect": "the same over incorrect responses; absent when there are none [tokens]",
@@ -52,8 +56,17 @@ METRICS: dict[str, str] = {
     "teacher/reverse_kl": "KL(student ‖ teacher), mean over distilled tokens (elsewhere the teacher is not asked), "
     "estimated by ρ·(−d): unbiased, untransformed; single rollouts can be negative [nats]",
     "teacher/reverse_kl_k3": "the same by ρ·(exp(d) − d − 1): unbiased too, never negative [nats]",
+    "teacher/top_k_overlap": "the student's 8 likeliest words that are among the teacher's 8, mean over tokens the teacher "
+    "was asked about; only when a term reads its vocabulary [share]",
+    "teacher/top_k_mass": "probability that the student gives its K likeliest words, mean over distilled tokens; only "
+    "with distillation.estimator top_k [share]",
     "teacher/kd_tokens": "response tokens with a distillation weight other than 0 [share]",
     "teacher/logprob": "teacher's log-prob of the student's tokens, mean over response tokens it scored [nats]",
+    "reference/kl": "KL(student ‖ reference), mean over response tokens, estimated by ρ·(−d), d to the reference: "
+    "unbiased; single rollouts can be negative; only with ReferenceKL [nats]",
+    "reference/kl_k3": "the same by ρ·(exp(d) − d − 1): unbiased too, never negative [nats]",
+    "data/prompts_seen": "training prompts drawn so far; only with a curriculum [prompts]",
+    "data/pass_rate_mean": "measured pass rate, mean over those prompts; of each an average over its visits [share]",
     "val/avg_at_k": "`val/<set>/avg_at_k`, plain mean over sets: what checkpoints and early stopping watch [share]",
     "val/<set>/avg_at_k": "correct responses, k samples per problem, mean over problems [share]",
     "val/<set>/pass_at_<k>": "unbiased pass@k, k = 1, 2, 4, … up to the samples per problem, mean over problems "
@@ -66,7 +79,7 @@ METRICS: dict[str, str] = {
     "time/rollout": "sampling the responses [s]",
     "time/reward": "judging them [s]",
     "time/teacher": "the teacher's pass over them [s]",
-    "time/score": "old log-probs of the student and sampler check [s]",
+    "time/score": "old log-probs of the student, those of the reference, and sampler check [s]",
     "time/update": "all updates of the rollout: forward, backward, optimizer [s]",
     "time/step": "one iteration from end to end, what is not listed above included [s]",
     "perf/rollout_tokens_per_s": "response tokens sampled per second of `time/rollout`, per rank [tokens/s]",
@@ -84,12 +97,14 @@ GROUPS = {
     "rollout": "What the student sampled",
     "reward": "What the rules said",
     "teacher": "Student and teacher on the student's tokens",
+    "reference": "Student and reference",
+    "data": "Which prompts are drawn",
     "val": "Validation",
     "time": "Seconds per rollout",
     "perf": "Speed",
 }
 
-_PLACEHOLDERS = {"<part>": r"[^\s]+", "<set>": r"[^\s]+", "<k>": r"[1-9][0-9]*"}
+_PLACEHOLDERS = {"<part>": r"[^\s]+", "<term>": r"[^\s/]+", "<set>": r"[^\s]+", "<k>": r"[1-9][0-9]*"}
 
 
 def _pattern(name: str) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,20 +26,30 @@ from kdrl_pl.errors import RunError
 from kdrl_pl.evaluation import Evaluation
 from kdrl_pl.experience import Experience
 from kdrl_pl.identity import check_same
-from kdrl_pl.losses import Distillation, LossOutput, Objective, PolicyGradient, PolicyOutput, RewardShaping
+from kdrl_pl.losses import (
+    Distillation,
+    LossOutput,
+    Objective,
+    PolicyGradient,
+    PolicyOutput,
+    ReferenceKL,
+    RewardShaping,
+)
 from kdrl_pl.losses.base import Sums, Term, inside
 from kdrl_pl.losses.weights import NORMALISERS
 from kdrl_pl.losses.whole_update import WholeUpdate, prepare
 from kdrl_pl.metrics import MetricSums
 from kdrl_pl.models.language_model import LanguageModel
-from kdrl_pl.models.loading import load_tokenizer
+from kdrl_pl.models.loading import load_tokenizer, stop_ids, tokenizer_fingerprint
+from kdrl_pl.models.reference import Reference
 from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.optim import default_optimizer, make_optimizer, set_learning_rate
 from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, world_size
 from kdrl_pl.sampler_check import SamplerCheck
 from kdrl_pl.schedules import Schedule, as_schedule
-from kdrl_pl.scoring import fill_in
+from kdrl_pl.scoring import ask_ahead, fill_in
 from kdrl_pl.sequences import group_batches, micro_batches, update_rows
+from kdrl_pl.stop_cell import CELL, cell_logprobs, stop_cell
 from kdrl_pl.teacher import FrozenTeacher
 from kdrl_pl.updates import run_update
 
@@ -79,7 +90,7 @@ class KDRLModule(LightningModule):
         dtype: of the student's master weights; use the Trainer's precision bf16-mixed to compute in bf16.
         attn_implementation: of the student: "sdpa", "eager", "flash_attention_2"; null is transformers' choice.
         gradient_checkpointing: recompute activations in the backward pass.
-        max_skipped_steps: consecutive steps without a finite gradient after which the run stops.
+        max_skipped_steps: steps with a loss, log-prob or gradient that is not finite, in a row, that stop the run.
         evaluate_kl: measure the KL to the teacher in validation too (one more pass of student and teacher).
 
     Raises:
@@ -140,6 +151,8 @@ class KDRLModule(LightningModule):
         )
         whole = [name for name, term in self.objective.terms.items() if isinstance(term, WholeUpdate)]
         _refuse(len(whole) > 1, f"{' and '.join(whole)} each look at all rows of an update; keep one of them")
+        references = [term for term in self.objective.terms.values() if isinstance(term, ReferenceKL)]
+        _refuse(len(references) > 1, f"{len(references)} terms are a ReferenceKL; there is one reference, keep one")
         only = policy_gradient.only_normaliser if policy_gradient is not None else None
         _refuse(
             only not in (None, normaliser),
@@ -160,6 +173,8 @@ class KDRLModule(LightningModule):
         self.gradient_clip, self.max_tokens_per_micro_batch = gradient_clip, max_tokens_per_micro_batch
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
+        self.reference_kl = references[0] if references else None
+        self.reference = Reference(student, dtype, attn_implementation) if references else None
         self.max_skipped_steps, self.evaluate_kl = max_skipped_steps, evaluate_kl
         self.student: LanguageModel | None = None
         self.rollouts_done = 0
@@ -186,12 +201,20 @@ class KDRLModule(LightningModule):
             ).train()
 
     def setup(self, stage: str) -> None:
-        """Lightning's hook: load the teacher onto this rank's device, if anything needs it."""
+        """Lightning's hook: load teacher and reference onto this rank's device, if anything needs them."""
         if self.needs_teacher if stage == "fit" else self.teacher is not None and self.evaluate_kl:
             self.teacher.load(self.device, load_tokenizer(self.student_path))
+        if stage == "fit" and self.reference is not None:
+            self.reference.load(self.device)
+
+    def on_fit_start(self) -> None:
+        """Refuse training prompts that the competence gate has not heard of, before the first rollout."""
+        if self.distillation is not None and self.distillation.competence is not None:
+            sets = self.trainer.datamodule.rows["train"].values()
+            self.distillation.competence.check(prompt for prompts in sets for prompt in prompts)
 
     def load(self, device: torch.device | str = "cpu") -> KDRLModule:
-        """Student and teacher, for use without a Trainer."""
+        """Student, teacher and reference, for use without a Trainer."""
         self.configure_model()
         self.to(device)
         self.setup("fit")
@@ -206,11 +229,21 @@ class KDRLModule(LightningModule):
     def needs_teacher(self) -> bool:
         return self.objective.needs_teacher or self.reward_shaping is not None
 
+    @cached_property
+    def stop_cell(self) -> tuple[int, ...]:
+        """Ids that are one word between student and teacher, once both are loaded; see kdrl_pl/stop_cell.py."""
+        ours = stop_ids(load_tokenizer(self.student_path), self.student.model.generation_config)
+        return stop_cell(ours, self.teacher.stop_ids(), self.student.vocab_size)
+
     # ---- the reuse contract: score, then loss ------------------------------------------------------------------
 
     @torch.no_grad()
     def score(
-        self, experience: Experience, rollout: int | None = None, metrics: dict[str, tuple[float, float]] | None = None
+        self,
+        experience: Experience,
+        rollout: int | None = None,
+        metrics: dict[str, tuple[float, float]] | None = None,
+        teacher_is_asked: bool = False,
     ) -> Experience:
         """Fill in what the objective needs: advantages, weights, old and teacher log-probs. In place, and returned.
 
@@ -220,12 +253,24 @@ class KDRLModule(LightningModule):
             experience: tokens, masks, rewards, groups, `correct`.
             rollout: number of the rollout, for schedules; None takes the module's own count.
             metrics: receives times and what the teacher said, name -> (sum, count).
+            teacher_is_asked: `ask_ahead` has filled in the teacher's part.
 
         Raises:
             ValueError: a group of one row, or groups that cannot be divided into updates.
         """
-        fill_in(self, experience, self.rollouts_done if rollout is None else rollout, metrics)
+        fill_in(self, experience, self.rollouts_done if rollout is None else rollout, metrics, teacher_is_asked)
         return experience
+
+    @torch.no_grad()
+    def ask_ahead(self, experience: Experience, rollout: int, metrics: dict[str, tuple[float, float]]) -> None:
+        """Ask the teacher before the rewards are known, where they do not decide what it is asked about.
+
+        Args:
+            experience: tokens and masks; receives the teacher's log-probs.
+            rollout: number of the rollout, for schedules.
+            metrics: see `score`.
+        """
+        ask_ahead(self, experience, rollout, metrics)
 
     @torch.no_grad()
     def prepare(self, experience: Experience, rollout: int | None = None, logprobs: Tensor | None = None) -> Sums:
@@ -267,7 +312,7 @@ class KDRLModule(LightningModule):
             experience.input_ids,
             experience.response_mask,
             experience.temperature,
-            read=self.objective.reader(rollout, of_teacher is not None),
+            read=self.objective.reader(rollout, of_teacher is not None, experience.stop_cell),
             teacher_hidden=of_teacher,
             teacher_head=None if of_teacher is None else self.teacher.head(),
             shared=_shared_prompts(experience),
@@ -275,15 +320,26 @@ class KDRLModule(LightningModule):
         return PolicyOutput(scores.logprobs, scores.readings)
 
     @torch.no_grad()
-    def student_logprobs(self, experience: Experience) -> Tensor:
-        """(B, T) float32 log-probs of the current student, zero outside the response mask, no gradient."""
+    def student_logprobs(
+        self, experience: Experience, model: LanguageModel | None = None, of_cells: bool = False
+    ) -> Tensor:
+        """(B, T) float32 log-probs of the current student, zero outside the response mask, no gradient.
+
+        Args:
+            experience: rows.
+            model: a copy of the student to be asked instead of it.
+            of_cells: at stop tokens those of their cell, as the teacher's are.
+        """
+        stops = experience.stop_cell if of_cells else ()
+        read = (lambda vocabulary: {CELL: cell_logprobs(vocabulary, stops)}) if stops else None
         logprobs = torch.zeros(experience.input_ids.shape, dtype=torch.float32, device=experience.device)
         for rows in self.micro_batch_rows(experience):
             rows = rows or [0]  # an idle rank keeps in step with the others
             part = experience[rows]
             ids, mask, width = part.input_ids, part.response_mask, part.input_ids.shape[1]
-            scores = self.student.token_logprobs(ids, mask, part.temperature, shared=_shared_prompts(part))
-            logprobs[rows, :width] = scores.logprobs.float()
+            asked = self.student if model is None else model
+            scores = asked.token_logprobs(ids, mask, part.temperature, read=read, shared=_shared_prompts(part))
+            logprobs[rows, :width] = scores.readings.get(CELL, scores.logprobs).float()
         return logprobs
 
     def micro_batch_rows(self, experience: Experience) -> list[list[int]]:
@@ -313,6 +369,7 @@ class KDRLModule(LightningModule):
         sums.add("time/update", seconds)
         sums.add("perf/update_tokens_per_s", float(experience.attention_mask.sum()) * self.epochs_per_rollout, seconds)
         self._log(sums, batch)
+        self._reset_reference(rollout)
         self.rollouts_done, self.is_between_updates = rollout + 1, False
 
     def _log(self, sums: MetricSums, batch: PromptBatch) -> None:
@@ -327,6 +384,14 @@ class KDRLModule(LightningModule):
         self.logged = values
         self.log_dict(values, batch_size=1)
         self._observe()
+
+    def _reset_reference(self, rollout: int) -> None:
+        """After the rollouts that `ReferenceKL` names, the reference is the student as it is now."""
+        if self.reference_kl is not None and self.reference_kl.resets_after(rollout):
+            self.reference.reset(self.student)
+            if self.reference_kl.reset_optimizer:
+                self.optimizers().state.clear()
+            log.info("the reference is the student after rollout %d", rollout)
 
     def _schedules(self) -> dict[str, Schedule]:
         """Every coefficient of the run by its name."""
@@ -369,8 +434,10 @@ class KDRLModule(LightningModule):
         """(B, 2) float64: sum of `logprobs - teacher_logprobs` over the response, and its tokens; or None."""
         if self.teacher is None or self.teacher.model is None or not self.evaluate_kl:
             return None
+        experience.stop_cell = self.stop_cell
         self.teacher.score(experience, experience.response_mask)
-        gap = inside(self.student_logprobs(experience) - experience.teacher_logprobs, experience.response_mask)
+        ours = self.student_logprobs(experience, of_cells=True)
+        gap = inside(ours - experience.teacher_logprobs, experience.response_mask)
         return torch.stack([gap.double().sum(1), experience.response_lengths.double()], dim=1)
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
@@ -392,14 +459,16 @@ class KDRLModule(LightningModule):
             "skipped_in_a_row": self.skipped_in_a_row,
             "sampled_tokens": self.sampled_tokens,
             "schedules": {name: schedule.state_dict() for name, schedule in self._schedules().items()},
+            "reference": None if self.reference is None else self.reference.state_dict(),
             "teacher": self.teacher.fingerprint() if self.needs_teacher else None,
+            "tokenizer": tokenizer_fingerprint(self.student_path),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint stands.
 
         Raises:
-            ValueError: it was trained under another teacher, and `resume_anyway` is not set.
+            ValueError: it was trained with another tokenizer or under another teacher, and `resume_anyway` is not set.
         """
         state = checkpoint["kdrl"]
         self.rollouts_done, self.sampled_tokens = state["rollouts_done"], state["sampled_tokens"]
@@ -409,6 +478,11 @@ class KDRLModule(LightningModule):
             if learnt.keys() == schedule.state_dict().keys():  # else another kind was put in its place: it starts anew
                 schedule.load_state_dict(learnt)
         if self.trainer.state.fn == "fit":
+            if self.reference is not None:
+                self.reference.load_state_dict(state["reference"])
+            tokenizer = tokenizer_fingerprint(self.student_path)
+            cure = "use the same model.student, or start a new run"
+            check_same("with tokenizer", state["tokenizer"], tokenizer, cure, self.resume_anyway)
             teacher = self.teacher.fingerprint() if self.needs_teacher else None
             cure = "use the same teacher (path and precision), or start a new run from the exported student"
             check_same("under teacher", state["teacher"], teacher, cure, self.resume_anyway)

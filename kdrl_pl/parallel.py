@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kdrl_pl import signals
+
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
@@ -49,6 +51,20 @@ def all_reduce_max(value: int, device: torch.device | str) -> int:
     largest = torch.tensor(value, dtype=torch.int64, device=device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return int(largest)
+
+
+def give_way(device: torch.device | str) -> None:
+    """Ask whether a signal reached any process; every process calls this at the same place.
+
+    Args:
+        device: where the process group works (NCCL: this rank's GPU).
+
+    Raises:
+        Preempted: it did; every process raises it.
+    """
+    signum = all_reduce_max(signals.received(), device)
+    if signum:
+        raise signals.Preempted(signum, rank())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from kdrl_pl.summary import format_table
+from kdrl_pl.text import printable
 
 # metric -> how it is shown, in this order, where the run has it
 _SHOWN = {
@@ -19,7 +20,7 @@ _SHOWN = {
     "train/kd_coef": "beta {:.2g}",
     "train/grad_norm": "grad {:.2g}",
 }
-_PHASES = {"time/rollout": "rollout", "time/teacher": "teacher", "time/score": "score", "time/update": "update"}
+_PHASES = ("rollout", "reward", "teacher", "score", "update")
 
 
 class Progress(Callback):
@@ -36,9 +37,11 @@ class Progress(Callback):
             return
         metrics = pl_module.logged
         shown = [text.format(metrics[name]) for name, text in _SHOWN.items() if name in metrics]
-        phases = ", ".join(f"{word} {metrics[name]:.1f}" for name, word in _PHASES.items() if name in metrics)
         seconds = time.perf_counter() - self._started
-        print(f"rollout {pl_module.rollouts_done:>4}  {'  '.join(shown)}  {seconds:.1f} s ({phases})", flush=True)
+        print(
+            f"rollout {pl_module.rollouts_done:>4}  {'  '.join(shown)}  {seconds:.1f} s: {shares(metrics, seconds)}",
+            flush=True,
+        )
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         if not trainer.is_global_zero:
@@ -49,6 +52,23 @@ class Progress(Callback):
         else:
             when = " before training" if trainer.state.fn == "fit" else ""
         what = "test" if trainer.testing else "validation"
-        print(f"\n{what}{when}\n{format_table(None, pl_module.evaluation.results)}\n", flush=True)
+        print(printable(f"\n{what}{when}\n{format_table(None, pl_module.evaluation.results)}\n"), flush=True)
 
     on_test_end = on_validation_end
+
+
+def shares(metrics: dict[str, float], seconds: float) -> str:
+    """Where the seconds of an iteration went, in per cent that add up to 100, and the tokens per second of a phase.
+
+    Args:
+        metrics: of one rollout; on several ranks the mean over them.
+        seconds: of the whole iteration; what no phase accounts for is "other".
+    """
+    spent = {phase: metrics.get(f"time/{phase}", 0.0) / seconds for phase in _PHASES}
+    spent["other"] = max(1.0 - sum(spent.values()), 0.0)
+    words = []
+    for phase, share in spent.items():
+        if share >= 0.005:
+            speed = metrics.get(f"perf/{phase}_tokens_per_s")
+            words.append(f"{phase} {share:.0%}" + (f" ({speed:,.0f} tokens/s)" if speed else ""))
+    return ", ".join(words)

@@ -70,6 +70,31 @@ class RolloutFiles:
         return found
 
 
+class NonFiniteRollouts:
+    """Rollouts in which a number was not finite, for replay: `rollout-000123.pt`, rank r > 0 `…-rank<r>.pt`.
+
+    `Experience.load` reads them; `KDRLModule.loss` on the student of the checkpoint before gives the same numbers.
+
+    Args:
+        folder: where the files lie; made on the first write.
+        rank: number of this process.
+        keep: number of newest files of this rank that stay on disk.
+    """
+
+    def __init__(self, folder: str | Path, rank: int = 0, keep: int = 5) -> None:
+        self.folder, self.rank, self.keep = Path(folder), rank, keep
+
+    def write(self, rollout: int, experience: Experience) -> None:
+        """Keep these rows, and delete the oldest files beyond `keep`."""
+        suffix = f"-rank{self.rank}" if self.rank else ""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.folder / f"rollout-{rollout:06d}{suffix}.pt") as file:
+            experience.save(file)
+        mine = [p for p in self.folder.iterdir() if re.fullmatch(rf"rollout-\d+{suffix}\.pt", p.name)]
+        for path in sorted(mine, key=lambda p: (len(p.name), p.name))[: -self.keep]:
+            path.unlink()
+
+
 def rollout_rows(
     rollout: int,
     experience: Experience,

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from kdrl_pl.data.prompts import PromptBatch
 from kdrl_pl.environment import environment
 from kdrl_pl.files import JSONLines, write_json_atomic
-from kdrl_pl.records import RolloutFiles, rollout_rows
+from kdrl_pl.records import NonFiniteRollouts, RolloutFiles, rollout_rows
 from kdrl_pl.summary import build_summary
 
 
@@ -48,6 +48,9 @@ class RunFolder(Callback):
         self.rollouts = RolloutFiles(
             self.folder / "rollouts", self.keep_rollouts, trainer.global_rank, trainer.world_size
         )
+
+        if stage == "fit":
+            pl_module.nonfinite = NonFiniteRollouts(self.folder / "nonfinite", trainer.global_rank)
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Cut back what an interrupted run wrote after its checkpoint."""

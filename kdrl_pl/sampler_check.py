@@ -6,6 +6,8 @@ for the importance ratio.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from kdrl_pl.errors import RunError
@@ -46,7 +48,8 @@ class SamplerCheck:
         sums.ensure([MEAN, MAX])
         drift = MetricSums({name: pair for name, pair in sums.sums().items() if name in (MEAN, MAX)})
         values = drift.reduce(device).compute()
-        self.done = MEAN in values  # a rollout without signal has nothing to compare; the next one may
+        # A rollout without signal has nothing to compare, one with NaN is skipped and says nothing; the next one may.
+        self.done = math.isfinite(values.get(MEAN, math.nan))
         mean_limit, max_limit = LIMITS[dtype]
         if values.get(MEAN, 0.0) > mean_limit or values.get(MAX, 0.0) > max_limit:
             raise RunError(

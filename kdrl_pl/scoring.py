@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kdrl_pl.advantages import group_advantages
 from kdrl_pl.experience import Experience
-from kdrl_pl.losses.weights import experience_weights, kd_rows
+from kdrl_pl.losses.weights import experience_weights
 from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, world_size
 from kdrl_pl.sequences import sharing_pays, update_rows
 
@@ -19,9 +19,17 @@ if TYPE_CHECKING:
     from kdrl_pl.module import KDRLModule
 
 
-def fill_in(
-    module: KDRLModule, experience: Experience, rollout: int, metrics: dict[str, tuple[float, float]] | None
-) -> None:
+Metrics = dict[str, tuple[float, float]]  # name -> (sum, count)
+
+
+def ask_ahead(module: KDRLModule, experience: Experience, rollout: int, metrics: Metrics) -> None:
+    """The work of `KDRLModule.ask_ahead`: the teacher on every response token, where no reward decides about it."""
+    distillation = _active_distillation(module, rollout)
+    if distillation is not None and distillation.asks_about_all and module.reward_shaping is None:
+        _ask(module, experience, experience.response_mask, rollout, metrics)
+
+
+def fill_in(module: KDRLModule, experience: Experience, rollout: int, metrics: Metrics | None, is_asked: bool) -> None:
     """The work of `KDRLModule.score`, in its order: each line needs those before it."""
     started = time.perf_counter()
     module.student.eval()
@@ -33,20 +41,31 @@ def fill_in(
         experience.advantages = _advantages(module, experience, rollout)
     distillation, drop = _active_distillation(module, rollout), module.drop_groups_without_signal
     experience_weights(experience, updates, module.normaliser, distillation, all_reduce_sum, drop)
+    if module.reference_kl is not None and module.reference_kl.coef.value(rollout) != 0.0:
+        experience.reference_logprobs = module.student_logprobs(experience, module.reference.model)
     module.student.train()
     scored = time.perf_counter()
-    asked, distilled = _teacher_mask(module, experience, rollout), experience.kd_weights != 0
+    if not is_asked:
+        _ask(module, experience, _teacher_mask(module, experience, rollout), rollout, metrics)
+    if metrics is not None:
+        metrics["time/score"] = (scored - started, 1)
+        distilled = float((experience.kd_weights != 0).sum())
+        metrics["teacher/kd_tokens"] = (distilled, float(experience.response_mask.sum()))
+
+
+def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int, metrics: Metrics | None) -> None:
+    """The teacher's log-probs where `asked`, (B, T) bool, and zeros elsewhere."""
+    started = time.perf_counter()
     experience.teacher_mask = asked
     if bool(asked.any()):
+        experience.stop_cell = module.stop_cell
         module.teacher.score(experience, asked, hidden=module.objective.reads_teacher_vocabulary(rollout))
     else:
-        experience.teacher_logprobs = torch.zeros_like(experience.kd_weights)
+        experience.teacher_logprobs = torch.zeros(asked.shape, device=asked.device)
     if metrics is not None:
         total, tokens = float(experience.teacher_logprobs.sum()), float(asked.sum())  # waits for a GPU
-        seconds = time.perf_counter() - scored
-        metrics["time/score"], metrics["time/teacher"] = (scored - started, 1), (seconds, 1)
-        metrics["teacher/logprob"] = (total, tokens)
-        metrics["teacher/kd_tokens"] = (float(distilled.sum()), float(experience.response_mask.sum()))
+        seconds = time.perf_counter() - started
+        metrics["time/teacher"], metrics["teacher/logprob"] = (seconds, 1), (total, tokens)
         if tokens:
             read = float(experience.attention_mask[asked.any(1)].sum())
             metrics["perf/teacher_tokens_per_s"] = (read, seconds)
@@ -56,7 +75,7 @@ def _share_prompts(module: KDRLModule, experience: Experience) -> bool:
     """The same on every rank, so that all make the same forward passes."""
     lengths = experience.prompt_lengths.tolist(), experience.response_lengths.tolist()
     pays = sharing_pays(*lengths, experience.group.tolist(), module.max_tokens_per_micro_batch)
-    return bool(all_reduce_max(int(pays and module.shares_prompts), experience.device))
+    return bool(all_reduce_max(int(pays and module.student.shares_prompts), experience.device))
 
 
 def _active_distillation(module: KDRLModule, rollout: int) -> Distillation | None:
@@ -66,8 +85,8 @@ def _active_distillation(module: KDRLModule, rollout: int) -> Distillation | Non
 
 def _teacher_mask(module: KDRLModule, experience: Experience, rollout: int) -> Tensor:
     """(B, T) bool, tokens the teacher is asked about: what the terms read, under the one mask of METHOD §3."""
-    rows = kd_rows(module.distillation.mask if module.distillation is not None else "none", experience)
-    return rows[:, None] & module.objective.teacher_tokens(experience, rollout)
+    asked = module.objective.teacher_tokens(experience, rollout)
+    return asked if module.distillation is None else asked & module.distillation.rows(experience)[:, None]
 
 
 def _advantages(module: KDRLModule, experience: Experience, rollout: int) -> Tensor:
@@ -83,10 +102,13 @@ def _advantages(module: KDRLModule, experience: Experience, rollout: int) -> Ten
 def _shaped_rewards(module: KDRLModule, experience: Experience, rollout: int) -> Tensor:
     if module.reward_shaping is None:
         return experience.rewards
+    experience.stop_cell, ours = module.stop_cell, experience.old_logprobs
+    if experience.stop_cell:
+        ours = module.student_logprobs(experience, of_cells=True)
     module.teacher.score(experience, experience.response_mask)
     return module.reward_shaping(
         experience.rewards,
-        experience.old_logprobs,
+        ours,
         experience.teacher_logprobs,
         experience.response_mask,
         rollout,

@@ -55,8 +55,8 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
     for name in ("loss", *(f"{term}_loss" for term in module.objective.terms)):
         sums.add(f"train/{name}", 0.0, 1.0 / world_size())
     if is_first and batch.sampler_is_exact:
-        dtype = "bfloat16" if "bf16" in str(module.trainer.precision) else module.dtype_name
-        module.sampler_check.run(sums, module.device, dtype)
+        of_trainer = "bfloat16" if "bf16" in str(module.trainer.precision) else module.dtype_name
+        module.sampler_check.run(sums, module.device, batch.sampler_dtype or of_trainer)
     if not passes:
         module.skipped_steps += 1
         log.warning("step skipped: no row carries a signal: all rewards are equal and nothing is distilled")
@@ -85,8 +85,9 @@ def _skip(module: KDRLModule, batch: PromptBatch, norm: float) -> None:
     if module.skipped_in_a_row >= module.max_skipped_steps:
         raise RunError(
             f"{module.skipped_in_a_row} steps in a row had a loss, log-prob or gradient that is not finite (last: "
-            f"rollout {batch.rollout}); the weights are those of the last good step. Lower the learning rate, bound the distillation "
-            "(model.distillation.transform: clip) or look at the rollouts kept in the run folder's nonfinite/"
+            f"rollout {batch.rollout}); the weights are those of the last good step. Lower the learning rate, bound "
+            "the distillation (model.distillation.transform: clip) or look at the rollouts kept in the run folder's "
+            "nonfinite/"
         )
 
 

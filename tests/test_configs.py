@@ -14,9 +14,14 @@ from kdrl_pl.__main__ import main
 CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = [CONFIGS / "sft.yaml", *sorted(CONFIGS.glob("tiny/*.yaml"))]
 COMPLETE = [CONFIGS / name for name in ("quickstart.yaml", "kdrl.yaml", "debug.yaml")]
-OVERLAYS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path not in SFT]
+STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
+OVERLAYS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path not in [*SFT, *STUDIES]]
 SMALL = """
-data: {prompts_per_rollout: 4, val_batch_size: 16, val: {addition: {source: addition, size: 16, options: {digits: 3}}}}
+data:
+  prompts_per_rollout: 4
+  val_batch_size: 16
+  train: {addition: {source: addition, size: 64, options: {digits: 3}}}
+  val: {addition: {source: addition, size: 16, options: {digits: 3}}}
 rollout: {group_size: 4, validation_samples: 1, validation_sampling: null, sampling: {max_tokens: 32}}
 trainer: {accelerator: cpu, devices: 1, strategy: auto, logger: false}
 run: {max_rollouts: 2}
@@ -37,7 +42,7 @@ def settings(node, path=()):
 
 
 def test_no_file_is_forgotten():
-    assert sorted(CONFIGS.rglob("*.yaml")) == sorted([*SFT, *COMPLETE, *OVERLAYS])
+    assert sorted(CONFIGS.rglob("*.yaml")) == sorted([*SFT, *COMPLETE, *OVERLAYS, *STUDIES])
 
 
 def test_every_arm_is_explained():
@@ -50,7 +55,7 @@ def test_the_recipe_of_the_paper_is_complete():
     model = yaml.safe_load((CONFIGS / "kdrl.yaml").read_text())["model"]
     for cls, section in ((KDRLModule, model), (PolicyGradient, model["policy_gradient"])):
         assert set(inspect.signature(cls).parameters) == set(section)
-    left_out = {"transform_bound"}  # without a transform it means nothing
+    left_out = {"transform_bound", "top_k"}  # without a transform, or another estimator, they mean nothing
     assert set(inspect.signature(Distillation).parameters) - left_out == set(model["distillation"])
 
 
@@ -77,7 +82,11 @@ def run(files, overlay, folder, capsys):
 
 
 @pytest.mark.parametrize("path", [p for p in OVERLAYS if p.parent.name != "data"], ids=name_of)
-def test_every_overlay_trains_on_the_quick_start(path, tmp_path, capsys):
+def test_every_overlay_trains_on_the_quick_start(path, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if "competence" in path.name:  # the command that the file names
+        predict = ["predict", f"--config={COMPLETE[0]}", "--rollout.policy=teacher", "--output=teacher.jsonl"]
+        assert main([*predict, "--data.predict.addition.size=64", "--rollout.validation_samples=2"]) == 0
     rows = run([COMPLETE[0], path], SMALL, tmp_path, capsys)
     assert [row["rollout"] for row in rows] == [0, 1]
     for row in rows:

@@ -15,7 +15,8 @@ from lightning.pytorch import Callback
 from tiny_run import EvenSum, fit, make_data, make_module, make_rollouts, metrics_rows, weights_of
 
 from kdrl_pl.checkpoint import find_checkpoint
-from kdrl_pl.losses import Distillation, PolicyGradient
+from kdrl_pl.data.curriculum import Curriculum
+from kdrl_pl.losses import GSPO, DisCO, Distillation, PolicyGradient, ReferenceKL
 from kdrl_pl.losses.modulation import TRRD, DistilledRL
 from kdrl_pl.losses.weights import NORMALISERS
 from kdrl_pl.module import KDRLModule
@@ -41,6 +42,8 @@ class Double(Watched):
         super().setup(stage)
         if self.teacher is not None:
             self.teacher.model.double()
+        if self.reference is not None:
+            self.reference.model.double()
 
     def configure_model(self):
         if self.student is None:
@@ -78,6 +81,8 @@ OBJECTIVES = {
     **{f"{name}, kept incorrect responses": {"normaliser": name, "distillation": KEPT} for name in NORMALISERS},
     "full vocabulary": {"distillation": Distillation(coef=0.3, estimator="full")},
     "clipped gradient": {"gradient_clip": 0.1},
+    "one ratio per response": {"policy_gradient": GSPO(), "normaliser": "sequence"},
+    "all rows of an update at once": {"policy_gradient": None, "terms": {"disco": DisCO()}},
     "groups without signal dropped": {"drop_groups_without_signal": True},
     "modulated, truncated filtered, weighed": {
         "policy_gradient": PolicyGradient(modulation=DistilledRL()),
@@ -182,8 +187,20 @@ RUNS = {
         "max_tokens_per_micro_batch": 60,
     },
     "kept": {"normaliser": "group", "distillation": KEPT},
+    "all rows at once, two updates": {
+        "policy_gradient": None,
+        "terms": {"disco": DisCO(score="ratio")},
+        "groups_per_update": 2,
+        "epochs_per_rollout": 2,
+        "max_tokens_per_micro_batch": 60,
+    },
     "full": {"distillation": Distillation(coef=0.3, estimator="full"), "normaliser": "sequence"},
+    "reference reset": {
+        "terms": {"reference": ReferenceKL(coef=1.0, reset_every=2)},
+        "max_tokens_per_micro_batch": 60,
+    },
     "single precision": {},
+    "curriculum": {"curriculum": Curriculum(smoothing=1.0)},
     "dropped, modulated": {
         "policy_gradient": PolicyGradient(modulation=TRRD()),
         "drop_groups_without_signal": True,
@@ -201,6 +218,7 @@ def run_all(student: str, teacher: str, folder: Path, **trainer) -> None:
     for name, settings in RUNS.items():
         settings = dict(settings)
         judged = settings.pop("judged", None)
+        data = make_data(curriculum=settings.pop("curriculum", None))
         cls = Watched if name == "single precision" else Double
         module = make_module(student, None if judged else teacher, cls, **settings)
         gradients, reward = Gradients(), EvenSum(prompts_at(judged) if judged else None)
@@ -208,6 +226,7 @@ def run_all(student: str, teacher: str, folder: Path, **trainer) -> None:
         made = fit(
             target,
             module,
+            data,
             max_rollouts=ROLLOUTS,
             val_check_interval=2,
             rollouts=make_rollouts(reward=reward),

@@ -76,9 +76,16 @@ def row():
     return torch.tensor([[3, 4, 5, 6]]), torch.tensor([[False, True, True, True]])
 
 
-def train(student, optimizer):
-    """One step on the same row everywhere, so that averaging over ranks changes nothing."""
-    loss = -student.token_logprobs(*row()).logprobs.sum()
+def group():
+    return torch.tensor([[3, 4, 5, 6], [3, 4, 7, 8]]), torch.tensor([[False, False, True, True]]).expand(2, -1)
+
+
+def train(student, optimizer, share):
+    """One step on the same group everywhere, so that averaging over ranks changes nothing."""
+    from kdrl_pl.models.shared_prompts import SharedPrompts
+
+    shared = SharedPrompts(torch.tensor([0, 0]), torch.tensor([2, 2])) if share else None
+    loss = -student.token_logprobs(*group(), shared=shared).logprobs.sum()
     loss.backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -114,7 +121,8 @@ def main(store, number):
             sharded.token_logprobs(*row())
         # FSDP2's default is back: layers reshard after their forward.
         assert all(isinstance(parameter, DTensor) for parameter in sharded.model.model.layers.parameters())
-        losses = [train(student, optimizer) for student, optimizer in zip((plain, sharded), optimizers, strict=True)]
+        # The sharded student reads the prompt once, in two passes of its body within one gathering of the weights.
+        losses = [train(plain, optimizers[0], share=False), train(sharded, optimizers[1], share=True)]
         assert abs(losses[0] - losses[1]) < 1e-4
     assert seen[0] != seen[1]  # the weights moved
 
@@ -125,7 +133,7 @@ def main(store, number):
             roll(sharded, number, should_stop=lambda: next(polled))
     else:
         assert roll(sharded, number) == roll(plain, number)
-    assert abs(train(sharded, optimizers[1]) - train(plain, optimizers[0])) < 1e-4
+    assert abs(train(sharded, optimizers[1], share=True) - train(plain, optimizers[0], share=False)) < 1e-4
     dist.destroy_process_group()
 
 

@@ -54,7 +54,7 @@ def test_the_wheel_runs_the_quick_start_in_an_empty_folder(tmp_path):
     source.mkdir()
     for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / file, source)
-    for folder in ("kdrl_pl", "configs", "checkpoints/tiny-student", "checkpoints/tiny-teacher"):
+    for folder in ("kdrl_pl", "configs", "checkpoints"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "-w", wheels, source], check=True)

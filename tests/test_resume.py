@@ -22,14 +22,15 @@ from tiny_run import fit, make_data, make_module, metrics_rows, rollout_files, w
 
 from kdrl_pl.checkpoint import AtomicCheckpointIO, find_checkpoint
 from kdrl_pl.cli.lightning import RunCLI
+from kdrl_pl.data.curriculum import Curriculum
 from kdrl_pl.errors import RunError
 from kdrl_pl.listening import KLBudget, PlateauSwitch
-from kdrl_pl.losses import Distillation, PolicyGradient
+from kdrl_pl.losses import Distillation, PolicyGradient, ReferenceKL
 from kdrl_pl.schedules import Cosine, Switch
 
 ROLLOUTS = 5  # of 4 prompts; an epoch has 2
 
-VARIANTS = {  # made anew for every run: schedules that listen have a state
+VARIANTS = {  # made anew for every run: schedules that listen have a state; "curriculum" is the data module's
     "joint": dict,
     "two updates": lambda: {
         "groups_per_update": 2,
@@ -44,6 +45,8 @@ VARIANTS = {  # made anew for every run: schedules that listen have a state
         "policy_gradient": PolicyGradient(coef=PlateauSwitch(0.5, 1.0, patience=1, metric="val/val/kl_teacher")),
         "distillation": Distillation(coef=KLBudget(0.3, target=0.1, rate=0.5, low=0.01, high=3.0)),
     },
+    "curriculum": lambda: {"curriculum": Curriculum(floor=0.1, smoothing=1.0)},
+    "reference": lambda: {"terms": {"reference": ReferenceKL(coef=0.5, reset_every=2)}},
 }
 
 BEFORE = ("on_train_batch_start",)  # before the rollout
@@ -86,6 +89,7 @@ def state(folder, module, trainer):
         "optimizer": trainer.optimizers[0].state_dict(),
         "schedules": {name: schedule.state_dict() for name, schedule in module._schedules().items()},
         "counters": (module.rollouts_done, module.sampled_tokens, module.skipped_steps, trainer.global_step),
+        "pass rates": trainer.datamodule.state_dict().get("pass_rates"),
         "metrics": metrics_rows(folder),
         "rollouts": rollout_files(folder),
         "summary": {**json.loads((folder / "summary.json").read_text()), "seconds": 0},
@@ -104,8 +108,10 @@ def difference(a, b, name=""):
 
 
 def run(folder, models, settings, **trainer):
-    module = make_module(*models, **settings())
-    return module, fit(folder, module, make_data(rows=8), **{"max_rollouts": ROLLOUTS, **trainer})
+    settings = settings()
+    data = make_data(rows=8, curriculum=settings.pop("curriculum", None))
+    module = make_module(*models, **settings)
+    return module, fit(folder, module, data, **{"max_rollouts": ROLLOUTS, **trainer})
 
 
 @pytest.mark.parametrize(
@@ -116,6 +122,8 @@ def run(folder, models, settings, **trainer):
         ("two updates", 2, ("on_train_batch_start", "on_train_batch_end", "on_validation_end"), (1, 2)),
         ("hard switch", 3, ("on_train_batch_start", "on_train_batch_end"), (2, 3, 4)),
         ("schedules that listen", 2, ("on_train_batch_start", "on_train_batch_end", "on_validation_end"), (2, 3)),
+        ("curriculum", 3, ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"), (0, 2, 3)),
+        ("reference", 3, ("on_train_batch_start", "on_train_batch_end"), (2, 3)),  # reset after 2 and after 4
     ],
 )
 def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, done, tiny_models, tmp_path):
@@ -127,6 +135,8 @@ def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, don
     if variant == "schedules that listen":  # they have something to forget
         assert [row["train/pg_coef"] for row in expected["metrics"] if "validation" not in row] == [0.5] * 4 + [1.0]
         assert len({row["train/kd_coef"] for row in expected["metrics"] if "validation" not in row}) == ROLLOUTS
+    if variant == "curriculum":
+        assert len(set(expected["pass rates"].values())) > 2
     plain = tmp_path / "plain"
     assert difference(expected, state(plain, *run(plain, tiny_models, settings, val_check_interval=val_every))) is None
 
@@ -214,6 +224,38 @@ def test_a_checkpoint_of_another_teacher_is_refused(tiny_models, tmp_path):
     run(tmp_path / "run", tiny_models, dict, max_rollouts=1)
     with pytest.raises(ValueError, match=r"was trained under teacher [0-9a-f]{16}/float32, this run has [0-9a-f]{16}"):
         run(tmp_path / "run", (student, student), dict, resume=find_checkpoint(tmp_path / "run"))
+
+
+def test_a_checkpoint_of_another_data_set_is_refused_unless_one_insists(tiny_models, tmp_path, caplog):
+    run(tmp_path / "run", tiny_models, dict, max_rollouts=1)
+    checkpoint = find_checkpoint(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was trained on data set [0-9a-f]{32}, this run has [0-9a-f]{32}; use the"):
+        fit(tmp_path / "run", make_module(*tiny_models), make_data(rows=10), max_rollouts=2, resume=checkpoint)
+    module, data = make_module(*tiny_models), make_data(rows=10)
+    data.resume_anyway = True
+    fit(tmp_path / "run", module, data, max_rollouts=2, resume=checkpoint)
+    assert module.rollouts_done == 2
+    assert "resumed anyway, as asked" in caplog.text
+    # order, size and validation are no part of it
+    data = make_data(rows=10, prompts_per_rollout=2, val=0, seed=3)
+    fit(tmp_path / "run", make_module(*tiny_models), data, max_rollouts=3, resume=find_checkpoint(tmp_path / "run"))
+
+
+def test_a_checkpoint_of_another_tokenizer_is_refused_unless_one_insists(tiny_models, tmp_path):
+    student, _ = tiny_models
+    run(tmp_path / "run", tiny_models, dict, max_rollouts=1)
+    other = shutil.copytree(student, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["1"], words["2"] = words["2"], words["1"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    checkpoint = find_checkpoint(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"was trained with tokenizer [0-9a-f]{16}, this run has [0-9a-f]{16}; use"):
+        run(tmp_path / "run", (str(other), None), dict, resume=checkpoint)
+    module, data = make_module(str(other), None), make_data(rows=8)
+    module.resume_anyway = data.resume_anyway = True
+    fit(tmp_path / "run", module, data, max_rollouts=2, resume=checkpoint)
+    assert module.rollouts_done == 2
 
 
 def resolved(resume, root):

@@ -6,6 +6,7 @@ them would drop the others.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,23 @@ def merge_configs(arguments: list[str]) -> list[str]:
         return rest
     from yaml import safe_dump
 
+    return ["--config", safe_dump(read_configs(files), sort_keys=False), *rest]
+
+
+def read_configs(files: Iterable[str]) -> dict[str, Any]:
+    """Config files as one mapping, each laid over those before it.
+
+    Args:
+        files: looked up with `resources.find`.
+
+    Raises:
+        FileNotFoundError: a file is not there.
+        ValueError: a file is no YAML mapping.
+    """
     merged: dict[str, Any] = {}
     for file in files:
         merged = merge(merged, _read(file))
-    return ["--config", safe_dump(merged, sort_keys=False), *rest]
+    return merged
 
 
 def merge(below: Any, above: Any) -> Any:

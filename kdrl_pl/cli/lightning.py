@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint
 from kdrl_pl.cli.configs import merge_configs
 from kdrl_pl.cli.errors import SettingsError, explain
 from kdrl_pl.cli.hash_text import keep_hash_text
+from kdrl_pl.cli.run import report
+from kdrl_pl.cli.secrets import masked, refuse_masked
+from kdrl_pl.preemption import Preemption
+from kdrl_pl.rank_watch import RankWatch
 from kdrl_pl.run_folder import RunFolder
 
 TRAINER_DEFAULTS = {
@@ -38,7 +43,8 @@ _REFUSED = {
 }
 _DESCRIPTION = (
     "Besides the settings below: --resume auto|must|never|PATH (fit) goes on with the newest run of that name, or with "
-    "the run folder or checkpoint PATH; --allow-import NAME lets the config name classes and functions of your module."
+    "the run folder or checkpoint PATH; --resume-anyway does so also with another teacher, tokenizer or data set; "
+    "--allow-import NAME lets the config name classes and functions of your module."
 )
 _PRECISIONS = ("32-true", "32", "bf16-mixed")
 
@@ -58,6 +64,8 @@ class RunCLI(LightningCLI):
     def __init__(self, model_class: type, data_class: type, command: str, arguments: list[str]) -> None:
         keep_hash_text()
         self.command = command
+        self.resume_anyway = "--resume-anyway" in arguments
+        arguments = [argument for argument in arguments if argument != "--resume-anyway"]
         self.resume = _take_resume(arguments)
         run = _run_of(self.resume)
         if command == "fit" and run is not None and not any(a.startswith(("--config", "-c")) for a in arguments):
@@ -116,6 +124,7 @@ class RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
+        refuse_masked(settings)
         _check_trainer(settings["trainer"])
         self.folder, self.checkpoint = self._resolve(settings["run"])
         settings["trainer"]["default_root_dir"] = str(self.folder)
@@ -145,7 +154,10 @@ class RunCLI(LightningCLI):
         given = settings["plugins"] or []
         logger = self._logger() if settings["logger"] in (None, True) else settings["logger"]
         extra = {"plugins": [*(given if isinstance(given, list) else [given]), *plugins], "logger": logger}
-        return super().instantiate_trainer(**extra, **kwargs)
+        trainer: Any = super().instantiate_trainer(**extra, **kwargs)
+        trainer.callbacks.insert(0, RankWatch(partial(report, self.command)))
+        trainer.callbacks.append(Preemption())
+        return trainer
 
     def _logger(self) -> Any:
         """TensorBoard in the run folder, when it is installed; metrics.jsonl is written always."""
@@ -162,10 +174,11 @@ class RunCLI(LightningCLI):
     def before_fit(self) -> None:
         if self.checkpoint is not None:
             self.trainer.num_sanity_val_steps = 0  # the validation before training is in the checkpoint
+            self.model.resume_anyway = self.datamodule.resume_anyway = self.resume_anyway
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             parser = self._parser(self.subcommand)
-            parser.save(self.config[self.subcommand], self.folder / "config.yaml", overwrite=True)
+            parser.save(masked(self.config[self.subcommand]), self.folder / "config.yaml", overwrite=True)
             doing = f"resuming {self.checkpoint}" if self.checkpoint else "training"
             print(f"{doing} in {self.folder}", flush=True)
 

@@ -5,32 +5,62 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import traceback
 import warnings
 
 from kdrl_pl.errors import RunError
+from kdrl_pl.text import printable
 
 # What a wrong setting, path or row raises. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (RunError, ValueError, OSError)
 
 
 def run(command: str, arguments: list[str]) -> int:
-    """Run `command`; user errors become one message on stderr and status 1."""
+    """Run `command`; user errors become one message on stderr and status 1.
+
+    Raises:
+        SystemExit: the run gave way to a signal: 143 after SIGTERM, 130 after SIGINT.
+    """
     quieten()
     try:
         if command == "export":
             from kdrl_pl.cli.export import main
         elif command == "sft":
             from kdrl_pl.cli.sft import main
+        elif command == "replay":
+            from kdrl_pl.cli.replay import main
+        elif command == "study":
+            from kdrl_pl.cli.study import main
         else:
             from kdrl_pl.cli.kdrl import main
         quieten_lightning()
         main(command, arguments)
-    except USER_ERRORS as error:
-        if os.environ.get("KDRL_TRACEBACK"):
-            raise
-        print(f"kdrl {command}: {error}", file=sys.stderr)
+    except KeyboardInterrupt:  # before training began; see kdrl_pl.preemption
+        print(f"kdrl {command}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        report(command, error)
         return 1
     return 0
+
+
+def report(command: str, error: BaseException) -> None:
+    """Print an error on stderr: a user error as one message, anything else (a bug) with its traceback.
+
+    It may hold what a model wrote, so control characters are written as escapes.
+    """
+    if isinstance(error, USER_ERRORS) and not os.environ.get("KDRL_TRACEBACK"):
+        text = f"kdrl {command}: {error}"
+    else:
+        text = "".join(traceback.format_exception(error)).rstrip()
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+class _Printable(logging.Formatter):
+    """A message may quote what a model wrote."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def quieten() -> None:
@@ -39,7 +69,9 @@ def quieten() -> None:
     # Threads that sleep while they wait: busy ones make small models several times slower on a machine with other work.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     logging.getLogger("kdrl_pl").setLevel(logging.INFO)
     for message in (
         ".*does not have many workers.*",

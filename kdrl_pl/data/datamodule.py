@@ -6,11 +6,13 @@ from hashlib import blake2b
 from typing import Any
 
 from kdrl_pl.data.base import NamedSets
+from kdrl_pl.data.curriculum import Curriculum, CurriculumSampler
 from kdrl_pl.data.loaders import EvaluationLoader, RolloutLoader
 from kdrl_pl.data.loading import OnBadRow, SetConfig, SetCounts, load_prompts
 from kdrl_pl.data.prompts import Prompt
 from kdrl_pl.data.sampler import PromptSampler
 from kdrl_pl.data.template import Template
+from kdrl_pl.identity import check_same
 
 
 class PromptDataModule(NamedSets):
@@ -28,6 +30,8 @@ class PromptDataModule(NamedSets):
         val_batch_size: prompts per batch of validation, test and predict on each rank.
         max_prompt_tokens: longer prompts, the response prefix included, are dropped and counted.
         seed: of the order of the training prompts.
+        curriculum: draw prompts the more often, the nearer their measured pass rate is to a target, by class_path; null
+            walks through each set in random order.
         template: how a prompt becomes text; a set may have its own.
         on_bad_row: "error" stops at a row that cannot be used and names it, "skip" leaves it out and counts it.
 
@@ -46,6 +50,7 @@ class PromptDataModule(NamedSets):
         val_batch_size: int = 64,
         max_prompt_tokens: int = 1024,
         seed: int = 0,
+        curriculum: Curriculum | None = None,
         template: Template = Template(),  # noqa: B008 (frozen)
         on_bad_row: OnBadRow = "error",
     ) -> None:
@@ -62,9 +67,12 @@ class PromptDataModule(NamedSets):
         self.val_batch_size = val_batch_size
         self.max_prompt_tokens = max_prompt_tokens
         self.seed = seed
+        self.curriculum = curriculum
         self.template = template
         self.on_bad_row = on_bad_row
+        self.resume_anyway = False
         self._sampler: PromptSampler | None = None
+        self._fingerprint: str | None = None
 
     def load_set(self, name: str, config: SetConfig, default_split: str) -> tuple[list[Prompt], SetCounts]:
         """The prompts of one set; see `load_prompts`."""
@@ -86,13 +94,14 @@ class PromptDataModule(NamedSets):
         """
         super().setup(stage)
         if stage == "fit":
-            self._sampler = PromptSampler(
-                {name: len(prompts) for name, prompts in self.rows["train"].items()},
-                {name: config.weight for name, config in self.configs["train"].items()},
-                self.prompts_per_rollout,
-                self.seed,
-                self.world_size,
-            )
+            weights = {name: config.weight for name, config in self.configs["train"].items()}
+            rest = (weights, self.prompts_per_rollout, self.seed, self.world_size)
+            if self.curriculum is None:
+                sizes = {name: len(prompts) for name, prompts in self.rows["train"].items()}
+                self._sampler = PromptSampler(sizes, *rest)
+            else:
+                uids = {name: [prompt.uid for prompt in prompts] for name, prompts in self.rows["train"].items()}
+                self._sampler = CurriculumSampler(self.curriculum, uids, *rest)
 
     def train_dataloader(self) -> RolloutLoader:
         """One `PromptBatch` per rollout, from the module's `rollouts_done` on."""
@@ -129,8 +138,30 @@ class PromptDataModule(NamedSets):
 
     def fingerprint(self) -> str:
         """A digest of the training prompts (uids, token ids, answers), the same on every rank, for checks on resume."""
-        digest = blake2b(digest_size=16)
-        for prompts in self.rows["train"].values():
-            for prompt in prompts:
-                digest.update(repr((prompt.uid, prompt.input_ids, prompt.answer)).encode())
-        return digest.hexdigest()
+        if self._fingerprint is None:
+            digest = blake2b(digest_size=16)
+            for prompts in self.rows["train"].values():
+                for prompt in prompts:
+                    digest.update(repr((prompt.uid, prompt.input_ids, prompt.answer)).encode())
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run must have too, and pass rates; the place in the data is the module's `rollouts_done`."""
+        state: dict[str, Any] = {"train": self.fingerprint()}
+        if isinstance(self._sampler, CurriculumSampler):
+            state["pass_rates"] = self._sampler.state_dict(self._position()[0])
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Compare, and take over pass rates; a run that gets its curriculum later begins without any.
+
+        Raises:
+            ValueError: a run is resumed with other training prompts, and `resume_anyway` is not set.
+        """
+        if self.trainer.state.fn != "fit":
+            return
+        cure = "use the same sets, template and limits in data, or start a new run from the exported student"
+        check_same("on data set", state_dict["train"], self.fingerprint(), cure, self.resume_anyway)
+        if isinstance(self._sampler, CurriculumSampler):
+            self._sampler.load_state_dict(state_dict.get("pass_rates", {}))

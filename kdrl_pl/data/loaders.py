@@ -62,7 +62,9 @@ class RolloutLoader(Resumable):
         """This rank's share of rollout k: every `world_size`-th prompt of the global list."""
         drawn = self.sampler.rollout(k)
         mine = slice(self.rank, None, self.world_size)
-        return PromptBatch(k, [self.prompts[name][row] for name, row in drawn[mine]], occurrences(drawn)[mine])
+        batch = PromptBatch(k, [self.prompts[name][row] for name, row in drawn[mine]], occurrences(drawn)[mine])
+        self.sampler.follow(batch, drawn)
+        return batch
 
 
 class EvaluationLoader:

@@ -61,6 +61,7 @@ class PromptBatch:
         self.answers: list[str | None] = []  # the answer the rule read in each completion, for maj@k
         self.reward_parts: dict[str, list[float | None]] = {}  # name of a reward -> one value per row, before weights
         self.sampler_is_exact = True  # False when filters make the sampler another policy than the one scored
+        self.sampler_dtype: str | None = None  # what the sampler computed in, where that is not what the trainer does
         self.by_student = True  # False when the teacher answered, in evaluation
         self.metrics: dict[str, tuple[float, float]] = {}  # name -> (sum, count), summed over ranks before it is logged
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdrl_pl.data.prompts import PromptBatch
 
 
 class PromptSampler:
@@ -79,6 +83,14 @@ class PromptSampler:
             picked.append((self.names[j], self._permutation(j, lap)[place]))
             drawn[j] += 1
         return picked
+
+    def follow(self, batch: PromptBatch, drawn: Sequence[tuple[str, int]]) -> None:
+        """Called with every batch that is handed out; a sampler with memory reads later what became of it.
+
+        Args:
+            batch: this rank's share of a rollout, before it is sampled.
+            drawn: the global list of that rollout.
+        """
 
     def _next_set(self, drawn: list[int]) -> int:
         return min(range(len(drawn)), key=lambda j: (2 * drawn[j] + 1) * self._strides[j])

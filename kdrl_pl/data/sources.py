@@ -7,15 +7,15 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from kdrl_pl.data import tasks
 from kdrl_pl.data.readers import SUFFIXES, FileRow, arrow_rows, read_file
 from kdrl_pl.data.template import Template
 
-if TYPE_CHECKING:
-    from datasets import Dataset
-
+# A `datasets.Dataset`. Not named as such even for type checkers: the parser runs the imports under TYPE_CHECKING of every
+# module that holds a config class, and this one takes a second.
+Dataset = Any
 Kind = Literal["task", "files", "folder", "saved", "hub"]
 _HAS_SUFFIX = re.compile(r"\.[A-Za-z]{2,8}$")  # ".jsonl", but not the ".5" or ".v2" of a version
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -34,8 +34,8 @@ class SourceConfig:
     """One named set of rows.
 
     Args:
-        source: where the rows come from. A procedural task ("addition", "countdown", "word_problems",
-            "reasoning_gym:<task>"); a file or glob with suffix .jsonl, .json, .csv or .parquet; a folder of such files
+        source: where the rows come from. A procedural task ("addition", "countdown", "knights",
+            "word_problems", "reasoning_gym:<task>"); a file or glob with suffix .jsonl, .json, .csv or .parquet; a folder of such files
             or one written by `save_to_disk` ("./folder", "/folder" or "~/folder"); else a hub name "owner/name".
             Whatever has a file suffix or starts with ".", "/" or "~" is a path and must exist.
         split: of a hub data set or saved folder; in a folder of files the word in the file names ("train"); of a task

@@ -9,15 +9,17 @@ depend on how the rows are cut into micro-batches or spread over ranks.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from kdrl_pl.experience import Experience
 from kdrl_pl.logprobs import Reader, Vocabulary
+from kdrl_pl.losses.overlap import OVERLAP, top_k_overlap
 from kdrl_pl.schedules import Schedule, as_schedule
+from kdrl_pl.stop_cell import CELL, cell_logprobs, merged
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far outside every clip range, and its products stay finite in fp32
 
@@ -31,10 +33,21 @@ class PolicyOutput:
     Args:
         logprobs: (B, T) float32 nats, of the sampled tokens.
         readings: name -> (B, T) float32, what terms read off the whole vocabulary (`Term.read`).
+        importance: (B, T) weights of tokens that another engine sampled, filled in by the objective; None = all 1.
     """
 
     logprobs: Tensor
     readings: dict[str, Tensor] = field(default_factory=dict)
+    importance: Tensor | None = None
+
+    @property
+    def cell_logprobs(self) -> Tensor:
+        """(B, T) what stands beside the teacher's log-probs: `logprobs` but at stop tokens (kdrl_pl/stop_cell.py)."""
+        return self.readings.get(CELL, self.logprobs)
+
+    def reading(self, name: str) -> Tensor:
+        """(B, T) what a term read; zeros where it was not called, since nobody had asked the teacher anything."""
+        return self.readings[name] if name in self.readings else 0.0 * self.logprobs
 
 
 @dataclass
@@ -65,7 +78,7 @@ class Term:
     needs_advantages = False
     reads_vocabulary = False  # `read` is called on the log-probs of every word
     reads_teacher_vocabulary = False  # the teacher's among them, where `teacher_tokens` asks
-    sampled = True  # an average over sampled tokens, so rows of another sampler need importance weights
+    sampled = True  # an average over sampled tokens, which the objective multiplies by `PolicyOutput.importance`
 
     def __init__(self, coef: Schedule | float) -> None:
         self.coef = as_schedule(coef)
@@ -91,7 +104,8 @@ class Term:
 
         Only while the log-probs of the whole vocabulary exist, a chunk of positions at a time. Positions that the
         teacher was not asked about hold nonsense, so the term must give them no weight. Where no position was asked,
-        a reader of the teacher's vocabulary is not called and its names are missing.
+        a reader of the teacher's vocabulary is not called and its names are missing. To such a reader the stop tokens
+        are one word (kdrl_pl/stop_cell.py), to others they are what they are.
         """
         return {}
 
@@ -126,15 +140,19 @@ class Objective:
         metrics: Sums = {}
         if self.importance_cap is not None:
             correction = importance(policy, experience, self.importance_cap)  # (B, T)
+            policy = replace(policy, importance=correction)
             metrics["train/importance_weight"] = (correction.sum(), experience.response_mask.sum().float())
+        if OVERLAP in policy.readings and experience.teacher_mask is not None:
+            asked = experience.teacher_mask & experience.response_mask
+            metrics["teacher/top_k_overlap"] = (inside(policy.readings[OVERLAP], asked).sum(), asked.sum().float())
         for name, term in self.terms.items():
             coef = term.coef.value(rollout)
             value = loss.new_zeros(())
             if coef != 0.0:
                 weights = term.weights(experience)  # (B, T)
                 per_token = term(policy, experience, rollout)  # (B, T)
-                if self.importance_cap is not None and term.sampled:
-                    per_token = correction * per_token
+                if policy.importance is not None and term.sampled:
+                    per_token = policy.importance * per_token
                 value = coef * torch.where(weights != 0, weights * per_token, 0.0).sum()
                 loss = loss + value
             parts[name] = value.detach()
@@ -149,23 +167,34 @@ class Objective:
                 active |= term.active(experience)
         return active
 
-    def reader(self, rollout: int, with_teacher: bool) -> Reader | None:
+    def reader(self, rollout: int, with_teacher: bool, stops: Sequence[int] = ()) -> Reader | None:
         """What the terms with a coefficient other than 0 read off the vocabulary, as one function; None for nothing.
 
         Args:
             rollout: number of the rollout, for schedules.
             with_teacher: the teacher's vocabulary is at hand.
+            stops: ids that are one cell wherever student and teacher are compared; empty for none.
         """
-        terms = [
-            term
-            for term in self.terms.values()
-            if term.reads_vocabulary
-            and term.coef.value(rollout) != 0.0
-            and (with_teacher or not term.reads_teacher_vocabulary)
-        ]
-        if not terms:
+        active = [term for term in self.terms.values() if term.coef.value(rollout) != 0.0]
+        alone = [term for term in active if term.reads_vocabulary and not term.reads_teacher_vocabulary]
+        beside = [term for term in active if term.reads_teacher_vocabulary and with_teacher]
+        if not (alone or beside or stops):
             return None
-        return lambda vocabulary: {name: value for term in terms for name, value in term.read(vocabulary).items()}
+
+        def read(vocabulary: Vocabulary) -> dict[str, Tensor]:
+            readings: dict[str, Tensor] = {}
+            for term in alone:
+                readings |= term.read(vocabulary)
+            if stops:
+                readings[CELL] = cell_logprobs(vocabulary, stops)
+            if beside:
+                cells = merged(vocabulary, stops) if stops else vocabulary
+                readings[OVERLAP] = top_k_overlap(cells)
+                for term in beside:
+                    readings |= term.read(cells)
+            return readings
+
+        return read
 
     def reads_teacher_vocabulary(self, rollout: int) -> bool:
         """Whether a term with a coefficient other than 0 wants every word's log-prob of the teacher."""
@@ -196,6 +225,14 @@ def log_ratio(policy: PolicyOutput, experience: Experience) -> Tensor:
     """
     difference = policy.logprobs - old_logprobs(policy.logprobs, experience)
     return inside(difference, experience.response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def cell_log_ratio(policy: PolicyOutput, experience: Experience) -> Tensor:
+    """(B, T) the same with the gradient of `cell_logprobs`, for terms that hold the token beside the teacher's."""
+    if CELL not in policy.readings:
+        return log_ratio(policy, experience)
+    cell = policy.cell_logprobs
+    return log_ratio(PolicyOutput(policy.logprobs.detach() + (cell - cell.detach())), experience)
 
 
 def importance(policy: PolicyOutput, experience: Experience, cap: float) -> Tensor:

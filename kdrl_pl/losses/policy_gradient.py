@@ -65,7 +65,7 @@ class PolicyGradient(Term):
         ratio = log_ratio(policy, experience)
         advantages = experience.advantages[:, None].expand_as(ratio)
         if self.modulation is not None:
-            ratio, advantages = self.modulation(ratio, advantages, policy.logprobs, experience)
+            ratio, advantages = self.modulation(ratio, advantages, policy.cell_logprobs, experience)
         return ratio.exp(), advantages
 
     def _clip(self, ratio: Tensor) -> Tensor:

@@ -85,6 +85,24 @@ def kd_rows(mask: str, experience: Experience) -> Tensor:
     raise ValueError(f"mask is {mask!r}; expected one of {', '.join(KD_MASKS)}")
 
 
+def thinning(advantages: Tensor, group: Tensor, share: float) -> Tensor:
+    """(B,) float32 factor on the distillation weights where groups without signal distil only some of their rows.
+
+    Such a group keeps its first `ceil(share * G)` rows, weighted by G over their number; the others get 0. Its rows were
+    drawn alike and rewarded alike, so the first few are a fair sample: the expected gradient stays.
+
+    Args:
+        advantages: (B,) float.
+        group: (B,) int64, whole groups.
+        share: in (0, 1].
+    """
+    _, index, sizes = group.unique_consecutive(return_inverse=True, return_counts=True)
+    place = torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[index]  # (B,) within the group
+    kept = (share * sizes.double()).ceil().clamp(min=1)  # (P,)
+    thinned = torch.where(place < kept[index], (sizes / kept)[index], 0.0)
+    return torch.where(groups_with_signal(advantages, group), 1.0, thinned).float()
+
+
 def experience_weights(
     experience: Experience,
     updates: Sequence[Tensor],
@@ -99,13 +117,13 @@ def experience_weights(
         experience: rows with advantages.
         updates: row numbers of each update.
         normaliser: one of `NORMALISERS`.
-        distillation: its mask and normaliser; None = no token is distilled.
+        distillation: its mask, gate and normaliser; None = no token is distilled.
         all_reduce: adds a tensor up over ranks.
         drop_without_signal: groups whose advantages are all 0 leave the counts of `token_weights` (DAPO's dynamic
             sampling, arXiv 2503.14476 §3.2, without new draws); `kd_weights` keep theirs.
     """
     tokens, group, budget = experience.response_lengths, experience.group, experience.max_response_tokens
-    distilled = kd_rows(distillation.mask, experience) if distillation else torch.zeros_like(experience.correct)
+    distilled = distillation.rows(experience) if distillation else torch.zeros_like(experience.correct)
     kept = torch.where(distilled, tokens, 0)
     trained = tokens
     if drop_without_signal:
@@ -121,5 +139,7 @@ def experience_weights(
         else:
             of_all = row_weights(normaliser, tokens[rows], group[rows], totals[0], budget)
             kd_weights[rows] = torch.where(distilled[rows], of_all, 0.0)
+    if distillation is not None and distillation.rows_without_signal < 1.0:
+        kd_weights *= thinning(experience.advantages, group, distillation.rows_without_signal)
     experience.token_weights = token_weights
     experience.kd_weights = inside(kd_weights[:, None], experience.response_mask)

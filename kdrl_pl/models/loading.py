@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +13,7 @@ import torch
 from kdrl_pl import resources
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,6 +60,32 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """V* = largest token id + 1: model rows beyond it are padding and are never sampled nor scored."""
     return max(tokenizer.get_vocab().values()) + 1
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] | None = None
+) -> list[int]:
+    """All ids that end a response, sorted: the union of what tokenizer, generation config and caller name.
+
+    Chat models often name several in the generation config (end of text, end of turn), only one of which is the
+    tokenizer's.
+
+    Args:
+        tokenizer: its `eos_token_id`, if any.
+        generation_config: its `eos_token_id`, a number, a list or None.
+        extra: further ids.
+    """
+    configured = getattr(generation_config, "eos_token_id", None)
+    configured = configured if isinstance(configured, (list, tuple)) else [configured]
+    return sorted({int(token) for token in (tokenizer.eos_token_id, *configured, *(extra or ())) if token is not None})
+
+
+@lru_cache(maxsize=4)
+def tokenizer_fingerprint(path: str) -> str:
+    """16 hex digits over the ids of all tokens and of the end token of a model's tokenizer."""
+    tokenizer = load_tokenizer(path)
+    told = repr((sorted(tokenizer.get_vocab().items()), tokenizer.eos_token_id))
+    return blake2b(told.encode(), digest_size=8).hexdigest()
 
 
 def load_model(

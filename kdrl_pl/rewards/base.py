@@ -54,7 +54,13 @@ class Reward(Protocol):
     """Anything callable as `reward(completions) -> RewardOutput`; rows of one group stand next to each other.
 
     A reward may also have `setup()`, called once before the first rollout (imports, checks of its settings), and
-    `close()`, called once at the end of the run (worker processes, sockets).
+    `close()`, called once at the end of the run (worker processes, sockets). One whose work is done by other processes
+    sets `runs_in_workers = True`: it is then called from a thread, while the teacher scores.
     """
 
     def __call__(self, completions: Sequence[Completion]) -> RewardOutput: ...
+
+
+def runs_in_workers(reward: Reward) -> bool:
+    """Whether the calling thread only waits, see `Reward`."""
+    return getattr(reward, "runs_in_workers", False)

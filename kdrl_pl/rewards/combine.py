@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from kdrl_pl.rewards.base import Completion, Reward, RewardOutput
+from kdrl_pl.rewards.base import Completion, Reward, RewardOutput, runs_in_workers
 
 
 def check_lengths(output: RewardOutput, rows: int, name: str) -> None:
@@ -100,6 +100,11 @@ class WeightedSum:
             parts[name] = list(output.values)
             parts |= {f"{name}/{key}": part for key, part in output.parts.items()}
         return parts
+
+    @property
+    def runs_in_workers(self) -> bool:
+        """Whether all of them may be called from a thread that only waits."""
+        return all(runs_in_workers(reward) for reward in self.rewards.values())
 
     def setup(self) -> None:
         """Set up every reward."""

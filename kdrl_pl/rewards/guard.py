@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from kdrl_pl.errors import RunError
-from kdrl_pl.rewards.base import Completion, Reward, RewardOutput
+from kdrl_pl.rewards.base import Completion, Reward, RewardOutput, runs_in_workers
 from kdrl_pl.rewards.combine import check_lengths
 
 
@@ -153,6 +153,10 @@ class GuardedReward:
                 f" max_failure_rate={self.max_failure_rate}; mend the reward, or raise the limit. The first failure:\n"
                 f"{self._first_failure}"
             )
+
+    @property
+    def runs_in_workers(self) -> bool:
+        return runs_in_workers(self.reward)
 
     def setup(self) -> None:
         """Set up the guarded reward; what is wrong with its settings is no failure to be counted."""

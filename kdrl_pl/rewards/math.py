@@ -50,6 +50,8 @@ class MathReward:
         RuntimeError: the workers do not start.
     """
 
+    runs_in_workers = True
+
     def __init__(
         self,
         workers: int = 2,

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+import torch
 from lightning.pytorch import Callback
 
+from kdrl_pl import signals
 from kdrl_pl.data.prompts import Prompt, PromptBatch
+from kdrl_pl.errors import RunError
 from kdrl_pl.experience import Experience
+from kdrl_pl.models.loading import stop_ids
+from kdrl_pl.parallel import give_way
 from kdrl_pl.rewards.base import Completion, Reward, RewardOutput
 from kdrl_pl.rewards.guard import GuardedReward
-from kdrl_pl.rollout.engine import Completions, RolloutEngine, stop_ids
+from kdrl_pl.rollout.engine import Completions, RolloutEngine, RolloutInterrupted
 from kdrl_pl.rollout.in_process import InProcessEngine
 from kdrl_pl.rollout.sampling import Sampling
 from kdrl_pl.rollout.statistics import rollout_statistics
@@ -81,34 +87,82 @@ class RolloutCallback(Callback):
         samples: int,
         sampling: Sampling,
         number: int,
+        meanwhile: Callable[[Experience], None] | None = None,
     ) -> Experience:
-        """The experience of a batch: completions of every prompt, judged; whole groups in the order of the prompts."""
+        """The experience of a batch: completions of every prompt, judged; whole groups in the order of the prompts.
+
+        While worker processes judge, `meanwhile` is called with the experience, whose rewards are still missing.
+
+        Raises:
+            Preempted: a signal reached a rank; every rank raises it.
+            RunError: the student's logits are no numbers.
+        """
         model = self._model(trainer, pl_module)
         keys = group_keys(self.seed, number, [p.uid for p in batch.prompts], batch.occurrences, samples)
         started = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             self.engine.sync(model, stop_ids(trainer.datamodule.tokenizer, model.model.generation_config))
-            sampled = self.engine.generate([p.input_ids for p in batch.prompts], samples, sampling, keys)
+            sampled = self._generate(batch, samples, sampling, keys)
+        give_way(pl_module.device)
         generated = time.perf_counter()
         completions = _completions(trainer.datamodule.tokenizer, batch.prompts, sampled, samples, sampling)
-        judged = self.reward(completions)
-        experience = _experience(trainer.datamodule.tokenizer, completions, sampled, judged, samples, sampling)
+        experience = _experience(trainer.datamodule.tokenizer, completions, sampled, samples, sampling)
+        on_device = experience.to(pl_module.device)
+        judged = self._judge(completions, on_device, meanwhile)
+        give_way(pl_module.device)  # before ranks wait for each other in `score`
+        for rows in (experience, on_device):
+            _fill_in(rows, judged)
         batch.completions = [completion.text for completion in completions]
         batch.by_student = model is pl_module.student
         batch.answers, batch.reward_parts = judged.answers or [], judged.parts
         batch.sampler_is_exact = not sampling.is_filtered and not sampling.is_greedy
-        batch.metrics = {
+        batch.sampler_dtype = getattr(self.engine, "dtype", None)
+        batch.metrics |= {
             **rollout_statistics(experience, judged),
             "time/rollout": (generated - started, 1),
             "time/reward": (time.perf_counter() - generated, 1),
             "perf/rollout_tokens_per_s": (sum(map(len, sampled.token_ids)), generated - started),
         }
-        return experience.to(pl_module.device)
+        return on_device
+
+    def _judge(
+        self, completions: Sequence[Completion], experience: Experience, meanwhile: Callable[[Experience], None] | None
+    ) -> RewardOutput:
+        if meanwhile is None or not self.reward.runs_in_workers:
+            return self.reward(completions)
+        with ThreadPoolExecutor(1, "reward") as waiting:  # the thread only waits for the workers
+            judged = waiting.submit(self.reward, completions)
+            meanwhile(experience)
+            return judged.result()
+
+    def _generate(self, batch: PromptBatch, samples: int, sampling: Sampling, keys: Sequence[int]) -> Completions:
+        """What the engine sampled; nothing when a signal made it give up."""
+        try:
+            prompts = [prompt.input_ids for prompt in batch.prompts]
+            return self.engine.generate(prompts, samples, sampling, keys, signals.should_stop)
+        except RolloutInterrupted:
+            if not signals.received():
+                raise
+            return Completions()
+        except FloatingPointError as error:
+            raise RunError(
+                f"rollout {batch.rollout}: {error}. Resume from an earlier checkpoint with a lower learning rate"
+            ) from error
 
     def _train(self, trainer: Any, pl_module: Any, batch: PromptBatch) -> None:
-        batch.experience = self.rollout(trainer, pl_module, batch, self.group_size, self.sampling, batch.rollout)
+        ahead: dict[str, tuple[float, float]] = {}
+
+        def meanwhile(experience: Experience) -> None:
+            with trainer.precision_plugin.forward_context():
+                pl_module.ask_ahead(experience, batch.rollout, ahead)
+
+        batch.experience = self.rollout(
+            trainer, pl_module, batch, self.group_size, self.sampling, batch.rollout, meanwhile
+        )
+        waited = batch.metrics["time/reward"][0] - ahead.get("time/teacher", (0.0, 1))[0]
+        batch.metrics |= {**ahead, "time/reward": (waited, 1)}
         with trainer.precision_plugin.forward_context():
-            pl_module.score(batch.experience, batch.rollout, batch.metrics)
+            pl_module.score(batch.experience, batch.rollout, batch.metrics, teacher_is_asked=bool(ahead))
 
     def _evaluate(self, trainer: Any, pl_module: Any, batch: PromptBatch) -> None:
         batch.experience = self.rollout(
@@ -129,6 +183,12 @@ class RolloutCallback(Callback):
             log.warning(
                 "rollout.sampling filters the vocabulary (top_p, top_k or min_p): the sampler is then another policy "
                 "than the one that is trained, and the distillation gradient is biased"
+            )
+        dtype = getattr(self.engine, "dtype", None)
+        if stage == "fit" and dtype is not None and pl_module.objective.importance_cap is None:
+            raise ValueError(
+                f"rollout.engine samples in {dtype}, from a policy slightly other than the one that is trained; set "
+                "model.importance_cap: 2.0, or rollout.engine.init_args.dtype: null"
             )
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
@@ -164,24 +224,26 @@ def _experience(
     tokenizer: PreTrainedTokenizerBase,
     completions: Sequence[Completion],
     sampled: Completions,
-    judged: RewardOutput,
     samples: int,
     sampling: Sampling,
 ) -> Experience:
-    if judged.correct is None or None in judged.correct:
-        correct = [bool(c) for c in judged.correct or [False] * len(completions)]
-    else:
-        correct = judged.correct
+    """The rows before they are judged: rewards of 0."""
     return Experience.from_rows(
         [completion.prompt.input_ids for completion in completions],
         sampled.token_ids,
-        [0.0 if value is None else value for value in judged.values],
+        [0.0] * len(completions),
         [row // samples for row in range(len(completions))],
         pad_token_id=tokenizer.pad_token_id,
         behavior_logprobs=sampled.logprobs,
-        correct=correct,
         truncated=[completion.truncated for completion in completions],
         temperature=sampling.temperature or 1.0,
         max_response_tokens=sampling.max_tokens,
         uids=[completion.prompt.uid for completion in completions],
     )
+
+
+def _fill_in(experience: Experience, judged: RewardOutput) -> None:
+    values = [0.0 if value is None else value for value in judged.values]
+    experience.rewards = torch.tensor(values, dtype=torch.float32, device=experience.device)
+    verdicts = judged.correct or [False] * len(values)
+    experience.correct = torch.tensor([bool(verdict) for verdict in verdicts], device=experience.device)

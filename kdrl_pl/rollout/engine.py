@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 from kdrl_pl.rollout.sampling import Sampling
 
 if TYPE_CHECKING:
-    from transformers import GenerationConfig, PreTrainedTokenizerBase
-
     from kdrl_pl.models.language_model import LanguageModel
 
 
@@ -45,7 +43,7 @@ class RolloutEngine(Protocol):
 
         Args:
             student: the model to sample from; ids from `student.vocab_size` on are never sampled.
-            stop_token_ids: ids that end a completion, see `stop_ids`.
+            stop_token_ids: ids that end a completion, see `models.loading.stop_ids`.
         """
         ...
 
@@ -70,21 +68,3 @@ class RolloutEngine(Protocol):
             RolloutInterrupted: `should_stop` returned True.
         """
         ...
-
-
-def stop_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None, extra: Iterable[int] | None = None
-) -> list[int]:
-    """All ids that end a response, sorted: the union of what tokenizer, generation config and caller name.
-
-    Chat models often name several in the generation config (end of text, end of turn), only one of which is the
-    tokenizer's.
-
-    Args:
-        tokenizer: its `eos_token_id`, if any.
-        generation_config: its `eos_token_id`, a number, a list or None.
-        extra: further ids.
-    """
-    configured = getattr(generation_config, "eos_token_id", None)
-    configured = configured if isinstance(configured, (list, tuple)) else [configured]
-    return sorted({int(token) for token in (tokenizer.eos_token_id, *configured, *(extra or ())) if token is not None})

@@ -5,51 +5,56 @@ Notation: P prompts, G group size, B rows in the batch, L longest prompt of the 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kdrl_pl.parallel import gathered_weights
-from kdrl_pl.rollout.engine import Completions, RolloutInterrupted
-from kdrl_pl.rollout.sampling import Sampling, next_tokens
-from kdrl_pl.rollout.streams import uniforms
+from kdrl_pl.rollout.decoder import Decoder, forward_arguments
+from kdrl_pl.rollout.engine import Completions
+from kdrl_pl.rollout.sampling import Sampling
+from kdrl_pl.rollout.weights import is_sharded, weights_in
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from kdrl_pl.models.language_model import LanguageModel
-
-_STEPS = 64  # tokens per block of random numbers and of output
 
 
 class InProcessEngine:
     """Decodes with the student's own modules; works for every transformers model with a key/value cache.
 
-    A prompt is prefilled once and its cache handed to all rows of its group; rows that are done leave the batch. Runs
-    under `no_grad` (not `inference_mode`, whose tensors cannot enter a backward) and under whatever autocast the
-    caller has set; logits are sampled from in fp32.
+    A prompt is prefilled once and its cache handed to all rows of its group; rows that are done leave the batch, and
+    rows that wait take their place. Runs under `no_grad` (not `inference_mode`, whose tensors cannot enter a backward)
+    and under whatever autocast the caller has set; logits are sampled from in fp32.
 
     Args:
-        max_rows: rows decoded at a time, to bound memory; the rows of a rollout are cut into batches of this size,
-            longest prompts first. null = all at once.
-        compact_at: share of finished rows at which they are taken out of the batch. Lower saves arithmetic, higher
-            saves copying the cache. Samples do not depend on it.
+        max_rows: rows decoded at a time, to bound memory; longest prompts first. null = all at once.
+        refill: let waiting rows start in the place of finished ones as soon as there are some; false decodes batch
+            after batch, as layers that are neither full nor sliding attention always do. Samples do not depend on it.
+        compact_at: share of finished rows at which they are taken out of the batch or replaced. Lower saves arithmetic,
+            higher saves copying the cache. Samples do not depend on it.
+        dtype: "bfloat16" decodes with a copy of the weights in that dtype, made anew for every rollout: faster where
+            the processor multiplies in it, at half the memory of the cache. Samples and their log-probs are then those
+            of a slightly different policy, which model.importance_cap must make good. null = the student's weights.
 
     Raises:
         ValueError: an argument lies outside its range.
     """
 
-    def __init__(self, max_rows: int | None = None, compact_at: float = 0.125) -> None:
+    def __init__(
+        self, max_rows: int | None = None, refill: bool = True, compact_at: float = 0.125, dtype: str | None = None
+    ) -> None:
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}; expected at least 1 row, or null for all at once")
         if not 0 < compact_at <= 1:
             raise ValueError(f"compact_at is {compact_at}; expected a share in (0, 1]")
-        self.max_rows = max_rows
-        self.compact_at = compact_at
+        if dtype not in (None, "bfloat16"):
+            raise ValueError(f"dtype is {dtype!r}; expected bfloat16, or null for the student's weights")
+        self.max_rows, self.refill, self.compact_at, self.dtype = max_rows, refill, compact_at, dtype
         self._student: LanguageModel | None = None
         self._stop_token_ids: list[int] = []
 
@@ -57,12 +62,17 @@ class InProcessEngine:
         """Remember the model to decode with; its weights are read when `generate` runs.
 
         Raises:
-            ValueError: the model keeps no key/value cache.
+            ValueError: the model keeps no key/value cache, or is sharded where a copy in another dtype is wanted.
         """
-        if "past_key_values" not in _forward_arguments(student.model):
+        if "past_key_values" not in forward_arguments(student.model):
             raise ValueError(
                 f"{type(student.model).__name__}.forward takes no past_key_values; the in-process engine needs a "
                 "decoder with a key/value cache, use another rollout engine"
+            )
+        if self.dtype is not None and is_sharded(student):
+            raise ValueError(
+                f"rollout.engine.dtype is {self.dtype} and the student is sharded (FSDP2); set it to null and let "
+                "trainer.strategy's mixed precision decide, or train with another strategy"
             )
         self._student = student
         # Ids beyond V* cannot be sampled; a config's default may well name one (GPT-2's 50256 in a small model).
@@ -90,138 +100,18 @@ class InProcessEngine:
         student = self._student
         stops = [*self._stop_token_ids, *(sampling.stop_token_ids or ())]
         _check_request(student, prompts, group_size, sampling, keys)
-
-        count = len(prompts) * group_size
-        completions = Completions([[]] * count, [[]] * count, [False] * count)
-        # Longest first: batches are padded little, and if memory is short it is short at once.
-        order = sorted(range(count), key=lambda row: -len(prompts[row // group_size]))
-        size = self.max_rows or max(count, 1)
-        with gathered_weights(student), _evaluating(student):
-            decoder = _Decoder(student, stops, sampling, self.compact_at, should_stop)
-            for start in range(0, count, size):
-                rows = order[start : start + size]
-                place = {number: i for i, number in enumerate(dict.fromkeys(row // group_size for row in rows))}
-                results = decoder.run(
-                    [prompts[number] for number in place],
-                    [place[row // group_size] for row in rows],
-                    [keys[row] for row in rows],
-                )
-                for row, tokens, logprobs, finished in zip(rows, *results, strict=True):
-                    completions.token_ids[row] = tokens
-                    completions.logprobs[row] = logprobs
-                    completions.finished[row] = finished
-        return completions
-
-
-class _Decoder:
-    """Prefill and token steps of one batch of rows; what changes from step to step lives in `run` alone."""
-
-    def __init__(
-        self,
-        student: LanguageModel,
-        stops: Sequence[int],
-        sampling: Sampling,
-        compact_at: float,
-        should_stop: Callable[[], bool] | None,
-    ) -> None:
-        self.model = student.model
-        self.vocab_size = student.vocab_size
-        self.sampling = sampling
-        self.compact_at = compact_at
-        self.should_stop = should_stop
-        self.device = student.device
-        self.arguments = _forward_arguments(student.model)
-        self.is_stop = torch.zeros(student.vocab_size, dtype=torch.bool, device=self.device)  # (V*,)
-        self.is_stop[list(stops)] = True
-
-    def run(
-        self, prompts: Sequence[Sequence[int]], prompt_of: Sequence[int], keys: Sequence[int]
-    ) -> tuple[list[list[int]], list[list[float]], list[bool]]:
-        """Token ids, log-probs and finished flags of the rows.
-
-        Args:
-            prompts: (P,) token ids of the distinct prompts.
-            prompt_of: (B,) which of them each row continues.
-            keys: (B,) the rows' random streams.
-        """
-        from kdrl_pl.rollout.kv_cache import growing_cache
-
-        cache = growing_cache(self.model.config)
-        budget = self.sampling.max_tokens
-        input_ids, mask = self._left_padded(prompts)  # (P, L)
-        width = mask.shape[1]
-        logits = self._forward(input_ids, mask, (mask.cumsum(1) - 1).clamp_(min=0), cache)  # (P, V*)
-
-        rows = torch.tensor(prompt_of, device=self.device)  # (B,)
-        cache.batch_select_indices(rows)
-        logits, mask = logits[rows], nn.functional.pad(mask[rows], (0, budget), value=True)  # (B, L + budget)
-        positions = mask[:, :width].sum(1, keepdim=True)  # (B, 1) of the next token
-        is_padded = not mask[:, 0].all()
-        alive = torch.arange(len(rows), device=self.device)  # (B,) which row each line of the batch is
-        done = torch.zeros_like(alive, dtype=torch.bool)  # (B,)
-        sampled: list[Tensor] = []  # blocks of (rows, _STEPS)
-        scored: list[Tensor] = []
-        for step in range(budget):
-            column = step % _STEPS
-            if column == 0:
-                _require_numbers(scored)
-                numbers = torch.from_numpy(uniforms([keys[row] for row in alive.tolist()], step, _STEPS))
-                numbers = numbers.to(self.device)  # (B, _STEPS)
-                sampled.append(torch.zeros(len(rows), _STEPS, dtype=torch.int64, device=self.device))
-                scored.append(torch.zeros(len(rows), _STEPS, device=self.device))
-            tokens, logprobs = next_tokens(logits, numbers[:, column], self.sampling)  # (B,)
-            sampled[-1][alive, column] = tokens
-            scored[-1][alive, column] = logprobs
-            done |= self.is_stop[tokens]
-            finished = int(done.sum())
-            if finished == len(done) or step + 1 == budget:
-                break
-            if finished >= self.compact_at * len(done):
-                keep = (~done).nonzero().squeeze(1)
-                cache.batch_select_indices(keep)
-                tokens, numbers, alive, done = tokens[keep], numbers[keep], alive[keep], done[keep]
-                positions, mask = positions[keep], mask[keep]
-                is_padded = is_padded and not mask[:, 0].all()
-            # Without padding no mask at all, which lets attention take its fastest path.
-            seen = mask[:, : width + step + 1] if is_padded else None
-            logits = self._forward(tokens[:, None], seen, positions, cache)  # (B, V*)
-            positions = positions + 1
-        _require_numbers(scored)
-        return self._results(torch.cat(sampled, 1)[:, : step + 1], torch.cat(scored, 1))
-
-    def _forward(self, input_ids: Tensor, mask: Tensor | None, positions: Tensor, cache: DynamicCache) -> Tensor:
-        """(B, V*) fp32 logits after the last column of `input_ids`, whose keys and values enter the cache."""
-        if self.should_stop is not None and self.should_stop():
-            raise RolloutInterrupted("the rollout was asked to stop")
-        optional = {"attention_mask": mask, "position_ids": positions, "logits_to_keep": 1}
-        inputs = {name: value for name, value in optional.items() if name in self.arguments}
-        output = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True, **inputs)
-        return output.logits[:, -1, : self.vocab_size].float()
-
-    def _left_padded(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """(P, L) int64 ids and bool mask. On the left, so that all rows continue in the same column, which is what
-        sliding windows count in."""
-        width = max(map(len, prompts))
-        input_ids = torch.zeros(len(prompts), width, dtype=torch.int64)
-        mask = torch.zeros(len(prompts), width, dtype=torch.bool)
-        for line, prompt in enumerate(prompts):
-            input_ids[line, width - len(prompt) :] = torch.as_tensor(prompt)
-            mask[line, width - len(prompt) :] = True
-        return input_ids.to(self.device), mask.to(self.device)
-
-    def _results(self, sampled: Tensor, scored: Tensor) -> tuple[list[list[int]], list[list[float]], list[bool]]:
-        """Every row cut behind its first stop token; what a done row sampled afterwards goes."""
-        is_stop = self.is_stop[sampled]  # (rows, steps)
-        finished = is_stop.any(1)
-        lengths = torch.where(finished, is_stop.int().argmax(1) + 1, sampled.shape[1]).tolist()
-        token_ids = [row[:length] for row, length in zip(sampled.tolist(), lengths, strict=True)]
-        logprobs = [row[:length] for row, length in zip(scored.tolist(), lengths, strict=True)]
-        return token_ids, logprobs, finished.tolist()
-
-
-def _require_numbers(scored: Sequence[Tensor]) -> None:
-    if scored and bool(scored[-1].isnan().any()):
-        raise FloatingPointError("the student's logits are NaN or infinite; its weights have diverged or overflowed")
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        with gathered_weights(student), _evaluating(student), weights_in(student.model, dtype):
+            return Decoder(
+                student.model,
+                student.vocab_size,
+                stops,
+                sampling,
+                max_rows=self.max_rows or max(len(keys), 1),
+                refill=self.refill,
+                compact_at=self.compact_at,
+                should_stop=should_stop,
+            ).run(prompts, group_size, keys)
 
 
 def _check_request(
@@ -262,12 +152,6 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
     config = model.config.get_text_config()
     is_rotary = getattr(config, "rope_parameters", None) is not None
     return None if is_rotary else getattr(config, "max_position_embeddings", None)
-
-
-def _forward_arguments(model: PreTrainedModel) -> set[str]:
-    """Names of the arguments of the model's forward, looked up below a PEFT wrapper."""
-    base: nn.Module = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    return set(inspect.signature(base.forward).parameters)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ Notation: B rows, V vocabulary. Everything here is a pure function of its argume
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 _BLOCK = 64  # words per block of the inverse CDF
 _ONE_BLOCK = 1024  # up to this vocabulary a single running sum is cheaper than blocks
+_BELOW_ONE = 1 - 2**-52  # a positive number times this is smaller than that number, in float64
 _NUCLEUS = 1024  # candidates tried for top-p before the whole vocabulary is sorted
 
 
@@ -123,33 +125,36 @@ def sample_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     weights = logits.softmax(-1)  # (B, V)
     vocabulary = weights.shape[1]
     if vocabulary <= _ONE_BLOCK:
-        tokens, _, total = _pick(weights, uniforms)
+        tokens, _, total = _pick(weights, uniforms[:, None])  # (B, 1) each
     else:
-        block, fraction, total = _pick(_block_sums(weights), uniforms)
-        words = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=weights.device)  # (B, 64)
+        block, rest, total = _pick(_block_sums(weights), uniforms[:, None])
+        words = block * _BLOCK + torch.arange(_BLOCK, device=weights.device)  # (B, 64)
         inside = weights.gather(1, words.clamp(max=vocabulary - 1)).masked_fill(words >= vocabulary, 0)
-        tokens = (block * _BLOCK + _pick(inside, fraction)[0]).clamp_(max=vocabulary - 1)  # clamp: NaN only
+        tokens = (block * _BLOCK + _pick(inside, rest())[0]).clamp_(max=vocabulary - 1)  # clamp: NaN only
     # `total` is 1 up to rounding; dividing by it makes this the log-softmax without a second pass over the words.
-    chosen = weights.gather(1, tokens[:, None]).squeeze(1)
-    return tokens, (chosen.double() / total).log().float()
+    logprobs = (weights.gather(1, tokens) / total).log().float()
+    return tokens.squeeze(1), logprobs.squeeze(1)
 
 
-def _pick(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per row: the column at which the running sum exceeds `fraction` of the total, how far into that column it lies
-    (in [0, 1]), and the total. Columns of weight 0 are never picked.
+def _pick(weights: Tensor, fractions: Tensor) -> tuple[Tensor, Callable[[], Tensor], Tensor]:
+    """Per row: the column at which the running sum exceeds `fraction` of the total, a function that tells how far into
+    that column it lies (in [0, 1]), and the total; (B, 1) each. Columns of weight 0 are never picked.
 
     Args:
         weights: (B, N) >= 0.
-        fractions: (B,) float64 in [0, 1].
+        fractions: (B, 1) float64 in [0, 1].
     """
     running = weights.cumsum(-1, dtype=torch.float64)  # (B, N)
-    total = running[:, -1]
-    # Strictly below the total, so that a column with weight always lies beyond the target.
-    target = torch.minimum(fractions * total, torch.nextafter(total, torch.zeros_like(total)))[:, None]  # (B, 1)
+    total = running[:, -1:]
+    target = fractions * (total * _BELOW_ONE)  # below the total, so that a column with weight always lies beyond it
     column = torch.searchsorted(running, target, right=True).clamp_(max=weights.shape[1] - 1)  # clamp: NaN only
-    upper = running.gather(1, column)
-    lower = running.gather(1, (column - 1).clamp_(min=0)).where(column > 0, 0.0)
-    return column.squeeze(1), ((target - lower) / (upper - lower)).squeeze(1), total
+
+    def rest() -> Tensor:
+        upper = running.gather(1, column)
+        lower = running.gather(1, (column - 1).clamp_(min=0)).where(column > 0, 0.0)
+        return (target - lower) / (upper - lower)
+
+    return column, rest, total
 
 
 def _block_sums(weights: Tensor) -> Tensor:

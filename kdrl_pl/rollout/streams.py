@@ -47,19 +47,20 @@ def group_keys(seed: int, rollout: int, uids: Sequence[str], occurrences: Sequen
     ]
 
 
-def uniforms(keys: Sequence[int], start: int, count: int) -> np.ndarray:
+def uniforms(keys: Sequence[int], start: int | Sequence[int], count: int) -> np.ndarray:
     """Numbers `start` to `start + count - 1` of each stream.
 
     Args:
         keys: (B,) from `stream_key`.
-        start: first token.
+        start: first token; one number for all streams, or one for each.
         count: tokens.
 
     Returns:
         (B, count) float64 in [0, 1): the upper 53 bits of Philox's raw 64, whose stream NumPy promises never to change.
     """
-    counter, skip = divmod(start, _PER_COUNTER)
+    starts = [start] * len(keys) if isinstance(start, int) else start
     raw = np.empty((len(keys), count), dtype=np.uint64)
-    for row, key in enumerate(keys):
+    for row, (key, first) in enumerate(zip(keys, starts, strict=True)):
+        counter, skip = divmod(first, _PER_COUNTER)
         raw[row] = np.random.Philox(key=key, counter=counter).random_raw(skip + count)[skip:]
     return (raw >> np.uint64(11)) * 2.0**-53

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from kdrl_pl.experience import Experience
-from kdrl_pl.models.loading import check_model_path, load_tokenizer
+from kdrl_pl.models.loading import check_model_path, load_tokenizer, stop_ids
 from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.sequences import group_batches, micro_batches, sharing_pays
+from kdrl_pl.stop_cell import CELL, cell_logprobs
 from kdrl_pl.teacher.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ class FrozenTeacher:
         """Fill in `teacher_logprobs` (and `teacher_hidden` when wanted) where `asked`; zero elsewhere.
 
         Args:
-            experience: rows; log-probs are at their temperature.
+            experience: rows; log-probs are at their temperature, at stop tokens those of their `stop_cell`.
             asked: (B, T) bool, tokens to score; others than response tokens are ignored. Rows without any are not read.
             hidden: also keep the hidden states, for the full-vocabulary form: (B, T, H_T).
 
@@ -125,14 +126,18 @@ class FrozenTeacher:
             weight = self.head().weight
             shape = (*asked.shape, weight.shape[1])
             experience.teacher_hidden = torch.zeros(shape, dtype=weight.dtype, device=experience.device)
+        stops = experience.stop_cell
+        read = (lambda vocabulary: {CELL: cell_logprobs(vocabulary, stops)}) if stops else None
         shares, batches = self._passes(experience, rows)
         for batch in batches:
             index = rows[batch]
             width = int(experience.attention_mask[index].sum(1).max())
             ids, mask = experience.input_ids[index, :width], asked[index, :width]
             shared = SharedPrompts(experience.group[index], experience.prompt_lengths[index]) if shares else None
-            scores = self.model.token_logprobs(ids, mask, experience.temperature, return_hidden=hidden, shared=shared)
-            experience.teacher_logprobs[index, :width] = scores.logprobs.float()
+            scores = self.model.token_logprobs(
+                ids, mask, experience.temperature, read=read, return_hidden=hidden, shared=shared
+            )
+            experience.teacher_logprobs[index, :width] = scores.readings.get(CELL, scores.logprobs).float()
             if hidden:
                 experience.teacher_hidden[index, :width] = scores.hidden
 
@@ -147,6 +152,10 @@ class FrozenTeacher:
     def head(self) -> Head:
         """The teacher's output head, for the full-vocabulary form."""
         return self.model.head()
+
+    def stop_ids(self) -> list[int]:
+        """Ids that end a response of the teacher."""
+        return stop_ids(load_tokenizer(self.path), self.model.model.generation_config)
 
     def fingerprint(self) -> str:
         """Names the teacher in checkpoints, so that a run is not resumed under another one."""

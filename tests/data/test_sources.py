@@ -52,7 +52,7 @@ def test_the_kind_of_a_source(source, kind, tmp_path, monkeypatch):
         ("~/no-such-folder", "is a path, and nothing is there"),
         ("../no/such", "is a path, and nothing is there"),
         ("tarin-*.jsonl", "matches no file"),
-        ("adition", r"neither a task \(addition, countdown, word_problems, reasoning_gym:<task>\) nor a path"),
+        ("adition", r"neither a task \(addition, countdown, knights, word_problems, reasoning_gym:<task>\) nor a path"),
         ("owner/name/more", "nor a hub name"),
         ("", "neither a task"),
     ],

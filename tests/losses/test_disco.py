@@ -1,4 +1,4 @@
-"""DisCO: slopes and value against the formula differentiated as it stands in float64; literal numbers; micro-batches."""
+"""DisCO: slopes and value against the formula differentiated in float64; numbers by hand; ranks; micro-batches."""
 
 from __future__ import annotations
 

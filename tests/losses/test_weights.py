@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from kdrl_pl.losses.weights import (
     experience_weights,
     kd_rows,
     row_weights,
+    thinning,
 )
 
 V2 = json.loads((Path(__file__).parents[1] / "vectors.json").read_text())["V2_normalisers"]
@@ -219,3 +221,44 @@ def test_an_update_of_groups_without_signal_only_has_weights_zero() -> None:
     updates = [torch.tensor([0, 1]), torch.tensor([2, 3])]
     experience_weights(e, updates, "token", None, lambda totals: totals, True)
     assert e.token_weights.tolist() == pytest.approx([1 / 4, 1 / 4, 0, 0])
+
+
+# ---- fewer rows in groups without signal -----------------------------------------------------------------------------
+
+# Group 0 has signal, groups 1 (four rows) and 2 (three) have none.
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+OF_GROUP = torch.tensor([5, 5, 2, 2, 2, 2, 9, 9, 9])
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (1.0, [1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        (0.5, [1, 1, 2, 2, 0, 0, 1.5, 1.5, 0]),  # 2 of 4, 2 of 3
+        (0.25, [1, 1, 4, 0, 0, 0, 3, 0, 0]),
+        (0.01, [1, 1, 4, 0, 0, 0, 3, 0, 0]),  # one row at least
+    ],
+)
+def test_some_rows_of_groups_without_signal_stand_for_all(share: float, expected: list[float]) -> None:
+    # Red: groups with signal thinned, weights not raised, places counted over the batch or over sorted group numbers.
+    assert thinning(ADVANTAGES, OF_GROUP, share).tolist() == expected
+
+
+def test_over_all_orders_of_a_group_every_row_weighs_one() -> None:
+    # The rows of a group are drawn alike, so every order is equally likely. Red: the expected gradient changes.
+    total = torch.zeros(4)
+    for order in itertools.permutations(range(4)):
+        total[list(order)] += thinning(torch.zeros(4), torch.zeros(4, dtype=torch.int64), 0.5)
+    assert (total / 24).tolist() == [1.0] * 4
+
+
+def test_thinned_weights_keep_the_normaliser() -> None:
+    # Group 0 right and wrong, group 1 all wrong; tokens 1, 2, 3, 4: token normaliser 1/10. Row 2 stands for row 3.
+    e = Experience.from_rows([[1]] * 4, [[2] * n for n in (1, 2, 3, 4)], [1.0, 0.0, 0.0, 0.0], [0, 0, 1, 1])
+    e.advantages = torch.tensor([0.7, -0.7, 0.0, 0.0])
+    term = Distillation(1.0, rows_without_signal=0.5)
+    experience_weights(e, [torch.arange(4)], "token", term, lambda x: x)
+    assert e.kd_weights.amax(1).tolist() == pytest.approx([0.1, 0.1, 0.2, 0.0])
+    assert not term.asks_about_all
+    with pytest.raises(ValueError, match="rows_without_signal is 0"):
+        Distillation(1.0, rows_without_signal=0)

@@ -177,9 +177,7 @@ def test_divergence_and_its_gradient(families: tuple[str, str]) -> None:
     with torch.no_grad():
         hidden = frozen.token_logprobs(ids, asked, TEMPERATURE, return_hidden=True).hidden
     assert not hidden[~asked].any()
-    scores = ours.token_logprobs(
-        ids, mask, TEMPERATURE, read=read, teacher_hidden=hidden, teacher_head=frozen.head()
-    )
+    scores = ours.token_logprobs(ids, mask, TEMPERATURE, read=read, teacher_hidden=hidden, teacher_head=frozen.head())
     tables = []
     for model in (student, teacher):
         logits = model(input_ids=ids).logits[:, :-1, :VOCABULARY].double()

@@ -31,9 +31,7 @@ FAMILIES = {
 }
 SLIDING = {
     "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**SIZES, sliding_window=4)),
-    "gemma2": lambda: transformers.Gemma2ForCausalLM(
-        transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=4)
-    ),
+    "gemma2": lambda: transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**SIZES, head_dim=8, sliding_window=4)),
 }
 # Three groups with prompts of 6, 3 and 6 tokens; responses of 1 to 9 tokens.
 GROUP = torch.tensor([4, 4, 4, 1, 1, 9])

@@ -16,10 +16,15 @@ from types import ModuleType
 from typing import Any
 
 from kdrl_pl.data.prompts import Prompt
-from kdrl_pl.data.tasks import addition, countdown, reasoning_gym, word_problems
+from kdrl_pl.data.tasks import addition, countdown, knights, reasoning_gym, word_problems
 from kdrl_pl.data.tasks.answers import final_answer
 
-TASKS: dict[str, ModuleType] = {"addition": addition, "countdown": countdown, "word_problems": word_problems}
+TASKS: dict[str, ModuleType] = {
+    "addition": addition,
+    "countdown": countdown,
+    "knights": knights,
+    "word_problems": word_problems,
+}
 _GYM = "reasoning_gym:"
 _BUCKETS = {"train": range(8), "val": range(8, 9), "test": range(9, 10), "all": range(10)}
 _MISSES = 20_000  # draws in a row without a new problem after which the task counts as exhausted
@@ -39,7 +44,7 @@ def make(name: str, size: int, seed: int = 0, split: str = "train", **options: A
     """`size` different problems, the same ones for the same arguments; a smaller size makes the first of them.
 
     Args:
-        name: "addition", "countdown", "word_problems" or "reasoning_gym:<task>".
+        name: "addition", "countdown", "knights", "word_problems" or "reasoning_gym:<task>".
         size: number of rows.
         seed: another seed draws other problems, of the same split.
         split: "train" (80 % of all problems), "val" (10 %) or "test" (10 %), disjoint whatever the seed; or "all".

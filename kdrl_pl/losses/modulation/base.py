@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from kdrl_pl.experience import Experience
-from kdrl_pl.losses.base import inside, old_logprobs
+from kdrl_pl.losses.base import inside
 
 
 class Modulation:
@@ -22,7 +22,7 @@ class Modulation:
         Args:
             log_ratio: (B, T) nats, `logprobs - old` with gradient, zero outside the response mask.
             advantages: (B, T).
-            logprobs: (B, T) nats, of the current student, with gradient.
+            logprobs: (B, T) nats, of the current student, with gradient; at stop tokens of their cell.
             experience: with `teacher_logprobs` and `teacher_mask`.
         """
         raise TypeError(f"{type(self).__name__} does not define __call__")
@@ -32,7 +32,10 @@ class Modulation:
         return advantages != 0
 
 
-def old_gap(logprobs: Tensor, experience: Experience) -> Tensor:
-    """(B, T) `d_old = teacher_logprobs - old` in nats, detached; zero where the teacher was not asked."""
-    gap = experience.teacher_logprobs - old_logprobs(logprobs, experience)
+def old_gap(log_ratio: Tensor, logprobs: Tensor, experience: Experience) -> Tensor:
+    """(B, T) `d_old = teacher_logprobs - old` in nats, detached; zero where the teacher was not asked.
+
+    Old is `logprobs - log_ratio`: at a stop token the cell moved as the token did.
+    """
+    gap = experience.teacher_logprobs - (logprobs - log_ratio).detach()
     return inside(gap, experience.teacher_mask)

@@ -33,7 +33,8 @@ class DistilledRL(Modulation):
     ) -> tuple[Tensor, Tensor]:
         asked = experience.teacher_mask
         limit = math.log(self.bound)
-        log_weight = old_gap(logprobs, experience).clamp(-limit, limit)  # (B, T), zero where the teacher was not asked
+        gap = old_gap(log_ratio, logprobs, experience)  # (B, T), zero where the teacher was not asked
+        log_weight = gap.clamp(-limit, limit)
         mean = log_weight.sum(1, keepdim=True) / asked.sum(1, keepdim=True).clamp(min=1)  # (B, 1)
         weighted = asked & (advantages > 0)
         return log_ratio, torch.where(weighted, advantages * (log_weight - mean).exp(), advantages)

@@ -34,7 +34,7 @@ class RLSD(Modulation):
     def __call__(
         self, log_ratio: Tensor, advantages: Tensor, logprobs: Tensor, experience: Experience
     ) -> tuple[Tensor, Tensor]:
-        agreement = advantages.sign() * old_gap(logprobs, experience)  # (B, T)
+        agreement = advantages.sign() * old_gap(log_ratio, logprobs, experience)  # (B, T)
         factor = agreement.clamp(math.log(1 - self.bound), math.log(1 + self.bound)).exp()
         weight = (1 - self.strength) + self.strength * factor
         return log_ratio, torch.where(experience.teacher_mask, advantages * weight, advantages)

@@ -10,7 +10,8 @@ import pytest
 from kdrl_pl.data import tasks
 from kdrl_pl.data.prompts import Prompt
 
-SMALL = {"addition": {"digits": 2}, "countdown": {"compact": True}, "word_problems": {}, "reasoning_gym:chain_sum": {}}
+SMALL = {"addition": {"digits": 2}, "countdown": {"compact": True}, "knights": {}, "word_problems": {}}
+SMALL["reasoning_gym:chain_sum"] = {}
 
 
 def prompt_of(row: dict) -> Prompt:

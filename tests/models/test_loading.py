@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from transformers import GenerationConfig
 
-from kdrl_pl.rollout.engine import stop_ids
+from kdrl_pl.models.loading import stop_ids
 
 
 @pytest.mark.parametrize(

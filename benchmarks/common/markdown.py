@@ -1,0 +1,148 @@
+"""Reports as Markdown tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def machine_line(report: dict[str, Any]) -> str:
+    """On which machine and with which versions the figures were made."""
+    machine = report["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", "torch", "transformers") if name in machine)
+    return f"{machine['processor']}, {machine['threads']} threads, {versions}."
+
+
+def times(ratio: dict[str, float]) -> str:
+    """Median of a ratio with its spread."""
+    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+
+
+def vs_trl_table(report: dict[str, Any]) -> str:
+    """Two tables: the ratios TRL over ours, and the seconds they come from."""
+    phases = ("rollout", "teacher", "score", "update")
+    ratios, seconds = [], []
+    for name, row in report["workloads"].items():
+        ratio = row["speed_ratio"]
+        ratios.append(
+            [
+                f"{name}: {row['title']}",
+                times(ratio["step"]),
+                *(f"{ratio[p]['median']:.2f}" if p in ratio else "–" for p in phases),
+                times(row["memory_ratio"]),
+            ]
+        )
+        for side in ("kdrl_pl", "trl"):
+            took = row[side]
+            seconds.append(
+                [
+                    name,
+                    side,
+                    f"{took['step']['median']:.2f}",
+                    *(f"{took[p]['median']:.2f}" for p in phases),
+                    f"{row['peak_mb'][side]['median']:.0f}",
+                ]
+            )
+    agreement = ", ".join(f"{name} {value:.0e}" for name, value in report["agreement"].items())
+    return "\n\n".join(
+        [
+            f"{machine_line(report)} TRL over ours, so above 1 ours is faster or smaller; median of "
+            f"{report['machine']['repeats']} alternations, with least and largest. "
+            f"Geometric mean of the steps: {report['geometric_mean']:.2f}. Both agree to: {agreement}.",
+            table(["workload", "step", *phases, "memory"], ratios),
+            "Seconds per step, and MB that memory rises above what it is with the models loaded:",
+            table(["workload", "side", "step", *phases, "MB"], seconds),
+        ]
+    )
+
+
+def roofline_table(report: dict[str, Any]) -> str:
+    """Per workload and phase: seconds, least seconds, share."""
+    limit = report["ceilings"]
+    rows = [
+        [
+            f"{name}: {workload['title']}",
+            phase,
+            f"{found['seconds']:.3f}",
+            f"{found['least_seconds']:.3f}",
+            f"{found['share']:.0%}",
+            found["bound"],
+        ]
+        for name, workload in report["workloads"].items()
+        for phase, found in workload["phases"].items()
+    ]
+    return "\n\n".join(
+        [
+            f"{machine_line(report)} Measured limits: {limit['fp32_per_s'] / 1e9:.0f} GFLOP/s in fp32, "
+            f"{limit['bf16_per_s'] / 1e9:.0f} in bf16, {limit['bytes_per_s'] / 1e9:.1f} GB/s copied (read plus "
+            "written).",
+            table(["workload", "phase", "seconds", "least seconds", "share", "limit"], rows),
+        ]
+    )
+
+
+def memory_table(report: dict[str, Any]) -> str:
+    """MB per form, and what TRL's and the plain form take in multiples of ours."""
+    forms = [form for form in ("kdrl_pl", "trl", "plain") if form in report["rows"][0]]
+    rows = []
+    for row in report["rows"]:
+        cells = [row["phase"], f"{row['vocabulary']:,}", *(f"{row[form]['median']:.0f}" for form in forms)]
+        rows.append(cells + [f"{row[f]['median'] / max(row['kdrl_pl']['median'], 1):.2f}" for f in forms[1:]])
+    head = ["phase", "words", *(f"{form}, MB" for form in forms), *(f"{form} / ours" for form in forms[1:])]
+    heads = ", ".join(f"{row['head_mb']:.0f} MB with {row['vocabulary']:,} words" for row in report["rows"][:2])
+    return f"{machine_line(report)} The head alone weighs {heads}.\n\n{table(head, rows)}"
+
+
+def scaling_table(report: dict[str, Any]) -> str:
+    """Time per response token of the phases, and memory per token, by rows."""
+    phases = list(report["last_over_least"])
+    rows = [
+        [
+            str(row["rows"]),
+            f"{row['tokens']:,}",
+            *(f"{1e6 * row[phase]:.0f}" for phase in phases),
+            f"{row['peak_mb']:.0f}",
+        ]
+        for row in report["rows"]
+    ]
+    last = ", ".join(f"{ratio:.2f} ({phase})" for phase, ratio in report["last_over_least"].items())
+    head = ["rows", "response tokens", *(f"{phase}, µs per token" for phase in phases), "MB"]
+    return f"{machine_line(report)} Most rows over the cheapest, per token: {last}.\n\n{table(head, rows)}"
+
+
+def startup_table(report: dict[str, Any]) -> str:
+    """Processor and wall-clock seconds of the commands."""
+    rows = [
+        [
+            f"`{name}`",
+            f"{found['processor']['median']:.2f}",
+            f"{found['wall']['median']:.2f}",
+            times(found["ratio"]),
+        ]
+        for name, found in report["commands"].items()
+    ]
+    head = ["command", "processor seconds", "seconds", "over Lightning's import"]
+    return f"{machine_line(report)}\n\n{table(head, rows)}"
+
+
+def kdrl_vs_grpo_table(report: dict[str, Any]) -> str:
+    """Seconds of a step of both, by phase."""
+    phases = list(report["KDRL"])
+    rows = [[arm, *(f"{report[arm][phase]['median']:.3f}" for phase in phases)] for arm in ("KDRL", "GRPO")]
+    head = f"{machine_line(report)} A KDRL step takes {times(report['ratio'])} GRPO steps. Seconds:"
+    return f"{head}\n\n{table(['', *phases], rows)}"
+
+
+TABLES = {
+    "vs_trl": vs_trl_table,
+    "roofline": roofline_table,
+    "memory": memory_table,
+    "scaling_rows": scaling_table,
+    "kdrl_vs_grpo": kdrl_vs_grpo_table,
+    "startup": startup_table,
+}

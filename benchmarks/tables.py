@@ -15,7 +15,7 @@ from pathlib import Path
 from common.markdown import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
-PLACE = re.compile(r"(?<=<!-- )(\w+)( -->\n)(.*?)(?=<!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def filled(page: str, results: Path) -> str:
@@ -31,7 +31,7 @@ def filled(page: str, results: Path) -> str:
             raise ValueError(f"no benchmark makes a table {name!r}; expected one of {', '.join(TABLES)}")
         if not file.is_file():
             return match[0]
-        return f"{name}{match[2]}\n{TABLES[name](json.loads(file.read_text()))}\n\n"
+        return f"<!-- {name} -->\n\n{TABLES[name](json.loads(file.read_text()))}\n\n<!-- end -->"
 
     return PLACE.sub(replaced, page)
 

@@ -56,8 +56,8 @@ METRICS: dict[str, str] = {
     "teacher/reverse_kl": "KL(student ‖ teacher), mean over distilled tokens (elsewhere the teacher is not asked), "
     "estimated by ρ·(−d): unbiased, untransformed; single rollouts can be negative [nats]",
     "teacher/reverse_kl_k3": "the same by ρ·(exp(d) − d − 1): unbiased too, never negative [nats]",
-    "teacher/top_k_overlap": "the student's 8 likeliest words that are among the teacher's 8, mean over tokens the teacher "
-    "was asked about; only when a term reads its vocabulary [share]",
+    "teacher/top_k_overlap": "the student's 8 likeliest words that are among the teacher's 8, mean over tokens the "
+    "teacher was asked about; only when a term reads its vocabulary [share]",
     "teacher/top_k_mass": "probability that the student gives its K likeliest words, mean over distilled tokens; only "
     "with distillation.estimator top_k [share]",
     "teacher/kd_tokens": "response tokens with a distillation weight other than 0 [share]",

@@ -210,7 +210,8 @@ class KDRLModule(LightningModule):
     def on_fit_start(self) -> None:
         """Refuse training prompts that the competence gate has not heard of, before the first rollout."""
         if self.distillation is not None and self.distillation.competence is not None:
-            sets = self.trainer.datamodule.rows["train"].values()
+            data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            sets = data.rows["train"].values()
             self.distillation.competence.check(prompt for prompts in sets for prompt in prompts)
 
     def load(self, device: torch.device | str = "cpu") -> KDRLModule:

@@ -1,4 +1,4 @@
-"""The stop tokens of student and teacher as one cell, wherever the two are compared (METHOD §8.5).
+"""The stop tokens of student and teacher as one cell, wherever the two are compared (METHOD §1).
 
 A student that ends with one id and a teacher that ends with another mean the same thing, but `d` of the sampled end
 token is an artefact, and a sum over the vocabulary punishes the mass of stopping at every position. So the ids that end

@@ -1,4 +1,4 @@
-"""Every word of a small vocabulary once, weighted by its chance under the sampler: exact expectations over one token."""
+"""Exact expectations over one token: every word of a small vocabulary once, weighted by its chance."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from tiny_run import EvenSum, fit, make_data, make_module, make_rollouts, metric
 
 from kdrl_pl.checkpoint import find_checkpoint
 from kdrl_pl.data.curriculum import Curriculum
-from kdrl_pl.losses import GSPO, DisCO, Distillation, PolicyGradient, ReferenceKL
+from kdrl_pl.losses import GSPO, IBRO, TGPO, DisCO, Distillation, PolicyGradient, ReferenceKL
 from kdrl_pl.losses.modulation import TRRD, DistilledRL
 from kdrl_pl.losses.weights import NORMALISERS
 from kdrl_pl.module import KDRLModule
@@ -84,6 +84,11 @@ OBJECTIVES = {
     "one ratio per response": {"policy_gradient": GSPO(), "normaliser": "sequence"},
     "all rows of an update at once": {"policy_gradient": None, "terms": {"disco": DisCO()}},
     "groups without signal dropped": {"drop_groups_without_signal": True},
+    "several readers of the vocabulary": {
+        "distillation": Distillation(coef=0.3, estimator="top_k", top_k=3, mask="response"),
+        "terms": {"tgpo": TGPO(0.1), "ibro": IBRO(0.1)},
+        "importance_cap": 2.0,
+    },
     "modulated, truncated filtered, weighed": {
         "policy_gradient": PolicyGradient(modulation=DistilledRL()),
         "overlong_filter": True,

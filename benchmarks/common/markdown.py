@@ -101,17 +101,22 @@ def memory_table(report: dict[str, Any]) -> str:
 def scaling_table(report: dict[str, Any]) -> str:
     """Time per response token of the phases, and memory per token, by rows."""
     phases = list(report["last_over_least"])
-    rows = [
-        [
-            str(row["rows"]),
-            f"{row['tokens']:,}",
-            *(f"{1e6 * row[phase]:.0f}" for phase in phases),
-            f"{row['peak_mb']:.0f}",
-        ]
-        for row in report["rows"]
-    ]
+    rows, before = [], None
+    for row in report["rows"]:
+        slope = "–"
+        if before is not None:
+            slope = f"{1000 * (row['peak_mb'] - before['peak_mb']) / (row['tokens'] - before['tokens']):.1f}"
+        cost = [f"{1e6 * row[phase]:.0f}" for phase in phases]
+        rows.append([str(row["rows"]), f"{row['tokens']:,}", *cost, f"{row['peak_mb']:.0f}", slope])
+        before = row
     last = ", ".join(f"{ratio:.2f} ({phase})" for phase, ratio in report["last_over_least"].items())
-    head = ["rows", "response tokens", *(f"{phase}, µs per token" for phase in phases), "MB"]
+    head = [
+        "rows",
+        "response tokens",
+        *(f"{phase}, µs per token" for phase in phases),
+        "MB",
+        "MB per 1,000 more tokens",
+    ]
     return f"{machine_line(report)} Most rows over the cheapest, per token: {last}.\n\n{table(head, rows)}"
 
 

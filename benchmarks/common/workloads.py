@@ -134,7 +134,7 @@ def miniature(workload: Workload) -> Workload:
         prompts=2,
         group=4,
         prompt_tokens=min(workload.prompt_tokens, 24),
-        response_tokens=6,
+        response_tokens=12,
         steps=1,
     )
 

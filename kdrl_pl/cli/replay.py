@@ -5,9 +5,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kdrl_pl.cli.imports import allow_imports
+
+if TYPE_CHECKING:
+    from kdrl_pl.replay.tables import Replayed
 
 _COLUMNS = ("loss", "grad_norm", "cosine", "bias", "noise", "variance")
 _LEGEND = """\
@@ -44,15 +47,13 @@ def main(command: str, arguments: list[str]) -> None:
         number, rows = load_rollout(files, sampling.get("temperature") or 1.0, sampling.get("max_tokens"))
         replayed = replay(module, rows.to(device), number, variants)
         coefs = options.coef or _own_coef(module, number)
-        report.append({"rollout": name, "groups": replayed.groups, "rows": replayed.table(coefs)})
-        _print(f"{name}: {replayed.groups} groups", report[-1]["rows"])
+        report.append(_entry(name, replayed, coefs))
         if total is None:
             total = replayed
         else:
             total.merge(replayed)
     if len(stored) > 1:
-        report.append({"rollout": "all", "groups": total.groups, "rows": total.table(coefs)})
-        _print(f"all {len(stored)} rollouts: {total.groups} groups", report[-1]["rows"])
+        report.append(_entry("all", total, coefs))
     if options.output:
         write_json_atomic(options.output, {"student": str(student), "rollouts": report})
         print(f"\nwrote {options.output}")
@@ -126,6 +127,13 @@ def _own_coef(module: Any, rollout: int) -> list[float]:
     """The run's coefficient at a rollout, where it has one beside a policy gradient."""
     coef = module.distillation.coef.value(rollout)
     return [coef] if coef != 0.0 and "pg" in module.objective.terms else []
+
+
+def _entry(name: str, replayed: Replayed, coefs: Sequence[float]) -> dict[str, Any]:
+    """The numbers of one rollout, or of all, which are printed too."""
+    rows = replayed.table(coefs)
+    _print(f"{name}: {replayed.groups} groups", rows)
+    return {"rollout": name, "groups": replayed.groups, "rows": rows}
 
 
 def _print(title: str, rows: Sequence[Mapping[str, Any]]) -> None:

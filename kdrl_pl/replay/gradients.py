@@ -142,7 +142,7 @@ class _Block:
 
         def read(vocabulary: Vocabulary) -> dict[str, Tensor]:
             """What every term reads, in one pass; each under its own name."""
-            found = {}
+            found: dict[str, Tensor] = {}
             for number, reader in readers.items():
                 if reader is not None:
                     found |= {f"{number}/{name}": value for name, value in reader(vocabulary).items()}

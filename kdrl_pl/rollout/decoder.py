@@ -123,6 +123,8 @@ class Prefilled:
 class _Batch:
     """The lines that decode together, and what changes from step to step."""
 
+    positions: Tensor  # (B, 1) of the next tokens
+
     def __init__(self, decoder: Decoder) -> None:
         from kdrl_pl.rollout.kv_cache import expanded
 
@@ -182,9 +184,9 @@ class _Batch:
         if not self.sampled:
             return
         decoder, done = self.decoder, self.decoder.done
-        scored = torch.stack(self.scored, 1)  # (B, steps)
-        _require_numbers(scored)
-        sampled, scored, stopped = torch.stack(self.sampled, 1).tolist(), scored.tolist(), self.stopped.tolist()
+        _require_numbers(torch.stack(self.scored, 1))
+        sampled, scored = torch.stack(self.sampled, 1).tolist(), torch.stack(self.scored, 1).tolist()  # B of n tokens
+        stopped = self.stopped.tolist()
         self.sampled, self.scored = [], []
         for line in np.flatnonzero(~self.ended).tolist():
             row, tokens, logprobs = self.rows[line], sampled[line], scored[line]

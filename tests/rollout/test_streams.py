@@ -58,3 +58,14 @@ def test_numbers_are_uniform_and_rows_unrelated():
     steps = np.sort(numbers.ravel()) - np.arange(numbers.size) / numbers.size
     assert np.abs(steps).max() < 1.95 / numbers.size**0.5  # Kolmogorov-Smirnov at 0.1 %
     assert np.abs(np.corrcoef(numbers) - np.eye(64)).max() < 0.25  # 5.6 standard errors
+
+
+def test_every_row_may_start_elsewhere():
+    keys = [stream_key(0, 0, str(uid), 0, 0) for uid in range(3)]
+    whole = uniforms(keys, 0, 80)
+    shifted = uniforms(keys, [0, 5, 64], 10)
+    assert [row.tolist() for row in shifted] == [
+        whole[0, :10].tolist(),
+        whole[1, 5:15].tolist(),
+        whole[2, 64:74].tolist(),
+    ]

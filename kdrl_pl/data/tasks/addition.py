@@ -50,9 +50,7 @@ def generate(
     return f"{min(a, b)}+{max(a, b)}/{digits}", row
 
 
-def _work(
-    a: int, b: int, digits: int, drop_carry: float, noise: float, column: str, spoiler: random.Random
-) -> str:
+def _work(a: int, b: int, digits: int, drop_carry: float, noise: float, column: str, spoiler: random.Random) -> str:
     columns, result, carry = [], "", 0
     for place in range(digits):
         x, y = a // 10**place % 10, b // 10**place % 10

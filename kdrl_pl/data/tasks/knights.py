@@ -1,39 +1,31 @@
-"""Knights and knaves: who of three islanders always speaks the truth, worked through the eight assignments.
+"""Knights and knaves round a table: who always speaks the truth, found by supposing and going round.
 
-Each of A, B and C makes one statement about the roles; knights (K) speak only true statements, knaves (N) only false
-ones, and exactly one assignment fits. In the prompt `B=N,A/C,A>B:` A says that B is a knave, B that A and C differ, and
-C that B is a knight if A is one. `=` says the same role, `/` different roles, `&` both knights, `|` at least one
-knight, `>` if the first is a knight so is the second; K and N stand for the roles themselves.
-
-The worked response tries the assignments in turn, all knaves first, and puts down what each statement then is, T or F,
-until an islander does not speak according to role: `NNNT;NNKFF...#NKN`, after `#` the assignment that fits. It can be
-spoilt on purpose, which makes students with a misconception (what a knave says is not checked) and noisy teachers.
+Each islander says one thing of the next one round the table: K "is a knight", N "is a knave", `=` "is as I am", `/` "is
+not as I am". Knights speak only true sentences, knaves only false ones, so who speaks and what is said give the next
+one's role. The last one speaks of the first, and exactly one seating fits: `KN/:` means A says that B is a knight, B
+that C is a knave, C that A is not as C is. The worked response supposes that the first is a knight, goes round, and
+holds what the last one makes of the first against the supposition; if they differ it supposes a knave:
+`KKNN;NNKN#NNK`, after `#` the seating that fits. It can be spoilt on purpose, which makes students with a misconception
+(in the company of a knave all are knaves) and noisy teachers, and written in another style, which makes teachers that
+are far from a student.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from itertools import product
 from typing import Any
 
 from kdrl_pl.data.prompts import Prompt
 
-ALPHABET = "ABCKNTF=/&|>,:;#"
-NAMES = "ABC"
-STYLES = {"plain": "NKFT;", "foreign": "KN/=,"}  # the role tried first, the other; false, true; before the next try
-_MEANINGS: dict[str, Callable[[bool, bool], bool]] = {
-    "=": lambda x, y: x == y,
-    "/": lambda x, y: x != y,
-    "&": lambda x, y: x and y,
-    "|": lambda x, y: x or y,
-    ">": lambda x, y: not x or y,
+ALPHABET = "KN=/:;#+-,"
+STYLES = {  # how the roles are written while going round, in the order they are supposed; before a second try
+    "plain": ({"K": "K", "N": "N"}, ";"),
+    "foreign": ({"N": "-", "K": "+"}, ","),
 }
-_KINDS = "=/&|>KN"
 
 
 def generate(
-    rng: random.Random, presume_lies: float = 0.0, noise: float = 0.0, style: str = "plain"
+    rng: random.Random, islanders: int = 7, distrust: float = 0.0, noise: float = 0.0, style: str = "plain"
 ) -> tuple[str, dict[str, Any]]:
     """One problem with a single solution: key and row with prompt, answer and worked response.
 
@@ -41,84 +33,66 @@ def generate(
 
     Args:
         rng: where the problem comes from.
-        presume_lies: probability, per statement of a knave, that it is put down as false without a look at it.
-        noise: probability, per statement, that the wrong one of T and F is put down.
-        style: of the response: "plain", or "foreign", which starts from all knights and writes `=` for T, `/` for F and
-            `,` between assignments.
+        islanders: how many sit round the table.
+        distrust: probability, per sentence of a knave, that the next one is put down as a knave, whatever it says.
+        noise: probability, per sentence, that the wrong role is put down.
+        style: of the response: "plain", or "foreign", which supposes a knave first and writes `+` for knights, `-` for
+            knaves and `,` between the two tries.
 
     Raises:
         ValueError: an option is out of range.
     """
-    for name, value in (("presume_lies", presume_lies), ("noise", noise)):
+    if not isinstance(islanders, int) or not 2 <= islanders <= 100:
+        raise ValueError(f"knights: islanders is {islanders!r}; expected a whole number from 2 to 100")
+    for name, value in (("distrust", distrust), ("noise", noise)):
         if not 0 <= value <= 1:
             raise ValueError(f"knights: {name} is {value!r}; expected a probability from 0 to 1")
     if style not in STYLES:
         raise ValueError(f"knights: style is {style!r}; expected one of {', '.join(STYLES)}")
-    fitting: list[str] = []
-    while len(fitting) != 1:
-        statements = [_statement(rng, speaker) for speaker in NAMES]
-        fitting = solutions(statements)
+    sentences = ""
+    while not set(sentences) & {"=", "/"}:  # without these two, turning all roles round makes a second seating or none
+        sentences = "".join(rng.choice("KN=/") for _ in range(islanders))
     spoiler = random.Random(rng.getrandbits(64))  # its own stream, so that spoiling leaves the next problems alone
     row = {
-        "prompt": f"{','.join(statements)}:",
-        "answer": fitting[0],
-        "response": _work(statements, presume_lies, noise, STYLES[style], spoiler),
+        "prompt": f"{sentences}:",
+        "answer": _work(sentences, 0.0, 0.0, STYLES["plain"], spoiler).partition("#")[2],
+        "response": _work(sentences, distrust, noise, STYLES[style], spoiler),
     }
-    return ",".join(map(_meaning_of, statements)), row
+    return min(sentences[i:] + sentences[:i] for i in range(islanders)), row  # the same table, whoever is named first
 
 
-def _statement(rng: random.Random, speaker: str) -> str:
-    kind = rng.choice(_KINDS)
-    if kind in "KN":
-        return f"{rng.choice([name for name in NAMES if name != speaker])}={kind}"
-    first, second = rng.sample(NAMES, 2)
-    return f"{first}{kind}{second}"
+def _next_role(speaker: str, sentence: str) -> str:
+    """The role of the next one, K or N, given the speaker's role and what the speaker says."""
+    if sentence in "=/":  # a knight's "as I am" and a knave's untrue "as I am" both speak of a knight
+        return "K" if sentence == "=" else "N"
+    return "K" if sentence == speaker else "N"
 
 
-def _meaning_of(statement: str) -> str:
-    """The statement with its two sides in order, where their order means nothing."""
-    first, kind, second = statement
-    return statement if kind == ">" else f"{min(first, second)}{kind}{max(first, second)}"
-
-
-def is_true(statement: str, roles: str) -> bool:
-    """Whether a statement such as `A>B` is true when the islanders' roles are, for example, "KNK"."""
-    first, kind, second = statement
-    role = {**dict(zip(NAMES, roles, strict=True)), "K": "K", "N": "N"}
-    return _MEANINGS[kind](role[first] == "K", role[second] == "K")
-
-
-def solutions(statements: list[str]) -> list[str]:
-    """Every assignment under which the knights' statements are true and the knaves' false."""
-    assignments = map("".join, product("NK", repeat=len(NAMES)))
-    return [roles for roles in assignments if all(is_true(s, roles) == (r == "K") for s, r in zip(statements, roles))]
-
-
-def _work(statements: list[str], presume_lies: float, noise: float, style: str, spoiler: random.Random) -> str:
-    first, second, false, true, separator = style
-    tried = ""
-    for roles in map("".join, product((first, second), repeat=len(NAMES))):
-        tried += roles
-        for statement, role in zip(statements, roles, strict=True):
-            said = is_true(statement, roles)
-            if role == "N" and spoiler.random() < presume_lies:
-                said = False
+def _work(
+    sentences: str, distrust: float, noise: float, style: tuple[dict[str, str], str], spoiler: random.Random
+) -> str:
+    written, separator = style
+    tries = []
+    for supposed in written:
+        roles = supposed
+        for sentence in sentences:
+            role = _next_role(roles[-1], sentence)
+            if roles[-1] == "N" and spoiler.random() < distrust:
+                role = "N"
             if spoiler.random() < noise:
-                said = not said
-            tried += true if said else false
-            if said != (role == "K"):
-                tried += separator
-                break
-        else:
-            return f"{tried}#{roles}"
-    return f"{tried}#"  # spoilt: nothing fitted
+                role = "N" if role == "K" else "K"
+            roles += role
+        tries.append("".join(written[role] for role in roles))
+        if roles[-1] == supposed:
+            return f"{separator.join(tries)}#{roles[:-1]}"
+    return f"{separator.join(tries)}#"  # spoilt: nothing fitted
 
 
 def read(text: str) -> str:
-    """The roles that a response states, the text after `#`; "" where there is none."""
+    """The seating that a response states, the text after `#`; "" where there is none."""
     return text.partition("#")[2].strip()
 
 
 def verify(prompt: Prompt, text: str) -> bool:
-    """Whether the text after `#` is the one assignment that fits, as three letters."""
+    """Whether the text after `#` is the one seating that fits, a letter for each islander."""
     return read(text) == prompt.answer

@@ -1,0 +1,161 @@
+"""Knights and knaves round a table, and what spoils the worked response."""
+
+from __future__ import annotations
+
+import random
+from itertools import product
+
+import pytest
+
+from kdrl_pl.data import tasks
+from kdrl_pl.data.prompts import Prompt
+from kdrl_pl.data.tasks import knights
+
+
+class Fixed(random.Random):
+    """Gives the sentences wanted."""
+
+    def __init__(self, sentences: str) -> None:
+        super().__init__(0)
+        self.sentences = list(sentences)
+
+    def choice(self, options):
+        return self.sentences.pop(0)
+
+
+def row_of(sentences: str, **options) -> dict:
+    return knights.generate(Fixed(sentences), islanders=len(sentences), **options)[1]
+
+
+@pytest.mark.parametrize(
+    ("sentences", "plain", "foreign"),
+    [
+        # A "B is a knight", B "C is a knave", C "A is not as I am". If A is a knight, so is B, and C is a knave; C's
+        # sentence is untrue, so A is as C is: a knave, against what was supposed. If A is a knave, so is B; B's sentence
+        # is untrue and C a knight; its sentence is true, so A is a knave, as supposed.
+        ("KN/", "KKNN;NNKN#NNK", "--+-#NNK"),
+        # A knight, B unlike a knight, and then B's untrue "A is a knave": a knight, as supposed. Supposing a knave: A's
+        # "unlike me" is untrue, B like a knave; B's sentence again makes A a knight.
+        ("/N", "KNK#KN", "--+,+-+#KN"),
+        ("==", "KKK#KK", "-++,+++#KK"),
+        ("//", "KNN;NNN#NN", "---#NN"),
+    ],
+)
+def test_the_rounds_by_hand(sentences, plain, foreign):
+    assert row_of(sentences)["prompt"] == f"{sentences}:"
+    assert row_of(sentences)["response"] == plain
+    assert row_of(sentences, style="foreign")["response"] == foreign
+    assert row_of(sentences, style="foreign")["answer"] == plain.split("#")[1]
+
+
+SAYS = {
+    "K": lambda speaker, neighbour: neighbour == "K",
+    "N": lambda speaker, neighbour: neighbour == "N",
+    "=": lambda speaker, neighbour: neighbour == speaker,
+    "/": lambda speaker, neighbour: neighbour != speaker,
+}
+
+
+def fits(sentences: str, roles: str) -> bool:
+    """Knights' sentences are true, knaves' are not."""
+    pairs = zip(sentences, roles, roles[1:] + roles[0], strict=True)
+    return all(SAYS[sentence](role, after) == (role == "K") for sentence, role, after in pairs)
+
+
+@pytest.mark.parametrize("islanders", [2, 3, 5, 7])
+def test_of_all_seatings_the_answer_alone_fits(islanders):
+    for row in tasks.make("knights", 12 if islanders == 2 else 40, seed=3, split="all", islanders=islanders):
+        seatings = map("".join, product("KN", repeat=islanders))
+        assert [roles for roles in seatings if fits(row["prompt"][:-1], roles)] == [row["answer"]]
+
+
+def test_sentences_that_leave_two_seatings_or_none_are_drawn_again():
+    assert fits("KK", "KK") and fits("KK", "NN")
+    assert not any(fits("KN", "".join(roles)) for roles in product("KN", repeat=2))
+    prompts = [row["prompt"] for row in tasks.make("knights", 12, split="all", islanders=2)]
+    assert sorted(prompts) == sorted(f"{a}{b}:" for a, b in product("KN=/", repeat=2) if {a, b} & {"=", "/"})
+
+
+def test_a_student_that_always_distrusts():
+    # Knight, knight, and a knave: from there on all are knaves, the first too; then all are, and that fits.
+    assert row_of("KN=K", distrust=1.0)["response"] == "KKNNN;NNNNN#NNNN"
+    assert row_of("KN=K")["response"] == "KKNKK#KKNK"
+    assert row_of("K==K", distrust=1.0)["response"] == "KKKKK#KKKK"  # no knave, nothing to distrust
+
+
+def test_noise_in_every_sentence_turns_every_role_round():
+    # A knight; not a knight, B; B's "C is not as I am" makes a knave, so a knight; C's "A is as I am" a knight, so a knave.
+    # A knave; A's "B is a knight" makes a knave, so a knight; B's makes a knave, so a knight; again a knave for A.
+    assert row_of("K/=", noise=1.0)["response"] == "KNKN;NKKN#NKK"
+    # Supposing either, A's neighbour is put down as a knave, and its sentence as making A the opposite of the supposed.
+    assert row_of("=K", noise=1.0)["response"] == "KNK#KN"
+
+
+def test_spoilt_so_that_nothing_fits():
+    class Spoiler(random.Random):
+        def random(self):
+            return draws.pop(0)
+
+    # distrust is drawn for knaves only, then noise; wrong for the last sentence of both tries
+    draws = [0.9, 0.9, 0.0, 0.9, 0.9, 0.9, 0.0]
+    assert knights._work("===", 0.5, 0.5, knights.STYLES["plain"], Spoiler(0)) == "KKKN;NKKN#NKK"
+    draws = [0.9, 0.9, 0.0, 0.9, 0.9, 0.9, 0.9]
+    assert knights._work("===", 0.5, 0.5, knights.STYLES["plain"], Spoiler(0)) == "KKKN;NKKK#"
+
+
+def test_spoiling_leaves_prompts_and_answers_alone():
+    clean = tasks.make("knights", 300, seed=9)
+    spoilt = tasks.make("knights", 300, seed=9, distrust=0.9, noise=0.1, style="foreign")
+    assert [(r["prompt"], r["answer"]) for r in clean] == [(r["prompt"], r["answer"]) for r in spoilt]
+    assert spoilt == tasks.make("knights", 300, seed=9, distrust=0.9, noise=0.1, style="foreign")
+
+
+def test_turning_the_table_makes_no_new_problem():
+    """So a held-out problem never stands among the training problems with another islander named first."""
+    assert len({knights.generate(Fixed(turned), islanders=4)[0] for turned in ("KN=/", "N=/K", "=/KN", "/KN=")}) == 1
+    assert knights.generate(Fixed("KN/="), islanders=4)[0] != knights.generate(Fixed("KN=/"), islanders=4)[0]
+
+
+def right(rows: list[dict]) -> float:
+    return sum(row["response"].endswith("#" + row["answer"]) for row in rows) / len(rows)
+
+
+def test_the_student_and_the_teacher_of_the_testbed_are_as_good_as_they_should_be():
+    rows = {"size": 8000, "split": "train"}
+    assert 0.04 < right(tasks.make("knights", **rows, distrust=0.9, noise=0.05)) < 0.06
+    assert 0.77 < right(tasks.make("knights", **rows, noise=0.03)) < 0.81
+
+
+def test_every_character_is_in_the_alphabet():
+    for style in knights.STYLES:
+        for row in tasks.make("knights", 300, style=style, distrust=0.5, noise=0.1):
+            assert set(row["prompt"] + row["response"]) <= set(knights.ALPHABET)
+
+
+@pytest.mark.parametrize(
+    ("text", "correct"),
+    [
+        ("KKNN;NNKN#NNK", True),
+        ("#NNK", True),
+        ("nonsense#NNK ", True),
+        ("KKNN;NNKN#NNKN", False),
+        ("KKNN;NNKN#NN", False),
+        ("KKNN;NNKN#--+", False),
+        ("KKNN;NNKNNNK", False),
+        ("#NNK#NNK", False),
+        ("#nnk", False),
+        ("#", False),
+        ("", False),
+    ],
+)
+def test_correct_iff_the_text_after_the_mark_is_the_seating(text, correct):
+    prompt = Prompt("s/1", "KN/:", (1,), "NNK", "s", {"task": "knights"})
+    assert tasks.verify(prompt, text) is correct
+
+
+@pytest.mark.parametrize(
+    "options", [{"islanders": 1}, {"islanders": "3"}, {"distrust": 1.5}, {"noise": -0.1}, {"style": "loud"}]
+)
+def test_options_out_of_range(options):
+    with pytest.raises(ValueError, match=f"knights: {next(iter(options))} is"):
+        tasks.make("knights", 1, **options)

@@ -65,6 +65,7 @@ def module_of(student: LanguageModel, teacher: FrozenTeacher, **settings) -> KDR
     """A module around models in memory."""
     module = KDRLModule("in memory", teacher, PolicyGradient(), Distillation(coef=2e-3), **settings)
     module.student = student.train()
+    module.stop_cell = ()  # there is no tokenizer to name end tokens
     return module
 
 

@@ -4,8 +4,8 @@
 
 A random Llama of 2 M parameters, groups of 8 after prompts of 8 to 24 tokens, completions of very uneven length: a bias
 on the end token makes them geometric with a mean of 48, cut off at 256. Seconds are CPU seconds of one thread; variants
-take turns, and a ratio is the median over the rounds of two runs that stood side by side. All variants but bfloat16 must
-sample the same tokens, which is checked first.
+take turns, and a ratio is the median over the rounds of two runs of one round. All variants but bfloat16 must sample the
+same tokens, which is checked first.
 """
 
 from __future__ import annotations

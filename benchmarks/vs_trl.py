@@ -15,6 +15,7 @@ import math
 import os
 import statistics
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,8 @@ def side(options: argparse.Namespace) -> None:
         from common import kdrl_side as chosen
     if options.rows:
         prompts, responses = ragged_rows(workload)
-        result = chosen.agreement(workload, Path(options.rows), prompts, responses)
+        exact = replace(workload, precision="32-true")
+        result = chosen.agreement(exact, Path(options.rows), prompts, responses)
         torch.save(result, Path(options.rows) / f"{options.side}.pt")
         result = {}
     else:

@@ -15,7 +15,11 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 SFT = [CONFIGS / "sft.yaml", *sorted(CONFIGS.glob("tiny/*.yaml"))]
 COMPLETE = [CONFIGS / name for name in ("quickstart.yaml", "kdrl.yaml", "debug.yaml")]
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
-OVERLAYS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path not in [*SFT, *STUDIES]]
+TESTBEDS = [CONFIGS / f"testbeds/{name}.yaml" for name in ("arithmetic", "knights")]
+TESTBED_SFT = [CONFIGS / "testbeds/sft.yaml", *sorted(CONFIGS.glob("testbeds/sft/*.yaml"))]  # the rest over the first
+STRESSED = [path for path in sorted(CONFIGS.glob("testbeds/*.yaml")) if path not in [*TESTBEDS, *TESTBED_SFT]]
+OTHERS = [*SFT, *STUDIES, *TESTBEDS, *TESTBED_SFT, *STRESSED]
+OVERLAYS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path not in OTHERS]
 SMALL = """
 data:
   prompts_per_rollout: 4
@@ -42,7 +46,7 @@ def settings(node, path=()):
 
 
 def test_no_file_is_forgotten():
-    assert sorted(CONFIGS.rglob("*.yaml")) == sorted([*SFT, *COMPLETE, *OVERLAYS, *STUDIES])
+    assert sorted(CONFIGS.rglob("*.yaml")) == sorted([*COMPLETE, *OVERLAYS, *OTHERS])
 
 
 def test_every_arm_is_explained():
@@ -59,9 +63,16 @@ def test_the_recipe_of_the_paper_is_complete():
     assert set(inspect.signature(Distillation).parameters) - left_out == set(model["distillation"])
 
 
-@pytest.mark.parametrize("path", [*COMPLETE, *OVERLAYS, *SFT], ids=name_of)
+def files_below(path):
+    """What a file lies over."""
+    if path in STRESSED:
+        return [path.with_name(f"{path.stem.split('_')[0]}.yaml")]
+    return [COMPLETE[0]] if path in OVERLAYS else TESTBED_SFT[:1] if path in TESTBED_SFT[1:] else []
+
+
+@pytest.mark.parametrize("path", [*COMPLETE, *OVERLAYS, *TESTBEDS, *STRESSED, *SFT, *TESTBED_SFT[1:]], ids=name_of)
 def test_every_setting_of_a_file_arrives(path, capsys):
-    command, base = ("sft", []) if path in SFT else ("fit", [] if path in COMPLETE else [COMPLETE[0]])
+    command, base = "sft" if path in [*SFT, *TESTBED_SFT] else "fit", files_below(path)
     with pytest.raises(SystemExit) as ended:
         main([command, *(f"--config={file}" for file in [*base, path]), "--print_config"])
     assert not ended.value.code
@@ -95,6 +106,25 @@ def test_every_overlay_trains_on_the_quick_start(path, tmp_path, capsys, monkeyp
     overlay = yaml.safe_load(path.read_text()).get("model", {})
     assert ("train/pg_loss" in names) == (overlay.get("policy_gradient", ...) is not None)
     assert ("train/kd_loss" in names) == (overlay.get("distillation", ...) is not None)
+
+
+@pytest.mark.parametrize("path", [*TESTBEDS, *STRESSED], ids=name_of)
+def test_every_testbed_trains(path, tmp_path, capsys):
+    name = path.stem.split("_")[0]
+    sizes = f"""
+data: {{prompts_per_rollout: 4, val_batch_size: 16, train: {{{name}: {{size: 64}}}}, val: {{{name}: {{size: 16}}}}}}
+rollout: {{group_size: 4, validation_samples: 1}}
+trainer: {{logger: false}}
+run: {{max_rollouts: 2}}
+"""
+    rows = run([*files_below(path), path], sizes, tmp_path, capsys)
+    assert [row["rollout"] for row in rows] == [0, 1]
+    assert all(value is not None and math.isfinite(value) for row in rows for value in row.values())
+
+
+def test_every_model_of_the_testbeds_has_its_recipe():
+    models = {f"{path.parent.name}-{path.name}" for path in (CONFIGS.parent / "checkpoints/testbeds").glob("*/*")}
+    assert models == {path.stem for path in TESTBED_SFT[1:]}
 
 
 def test_the_recipe_of_the_paper_runs_at_the_size_of_debug(tmp_path, capsys):

@@ -23,7 +23,7 @@ def merge_configs(arguments: list[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: a file is not there.
-        ValueError: a file is no YAML mapping, or the last option lacks its file.
+        ValueError: a file is no YAML mapping or names an output file, or the last option lacks its file.
     """
     files, rest = [], []
     waiting = False
@@ -44,7 +44,10 @@ def merge_configs(arguments: list[str]) -> list[str]:
         return rest
     from yaml import safe_dump
 
-    return ["--config", safe_dump(read_configs(files), sort_keys=False), *rest]
+    merged = read_configs(files)
+    if "output" in merged:
+        raise ValueError("output is for the command line only (--output FILE): it replaces a file, which no config may")
+    return ["--config", safe_dump(merged, sort_keys=False), *rest]
 
 
 def read_configs(files: Iterable[str]) -> dict[str, Any]:
@@ -78,15 +81,36 @@ def merge(below: Any, above: Any) -> Any:
 
 
 def _read(file: str) -> dict[str, Any]:
-    from yaml import YAMLError, safe_load
-
     path = Path(find(file)).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no config file {file!r} (looked in {Path.cwd()})")
-    try:
-        content = safe_load(path.read_text())
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {error}") from None
+    content = read_yaml(path)
     if not isinstance(content or {}, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; expected sections like model:, data:, rollout:")
     return content or {}
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds: plain values only, and no key twice.
+
+    Raises:
+        ValueError: it is no YAML, names a Python object, or has a key twice, of which YAML itself would drop the first.
+    """
+    from yaml import MappingNode, SafeLoader, YAMLError, load
+    from yaml.constructor import ConstructorError
+
+    class Loader(SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> MappingNode:
+            node = super().compose_mapping_node(anchor)
+            seen = set()
+            for key, _ in node.value:
+                if key.value in seen and key.value != "<<":
+                    raise ConstructorError(None, None, f"{key.value!r} stands there twice; keep one", key.start_mark)
+                if isinstance(key.value, str):
+                    seen.add(key.value)
+            return node
+
+    try:
+        return load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not readable as YAML: {error}") from None

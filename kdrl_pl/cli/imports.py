@@ -21,7 +21,7 @@ def allow_imports(arguments: list[str]) -> list[str]:
         the arguments without `--allow-import`.
 
     Raises:
-        ValueError: `--allow-import` without a name.
+        ValueError: `--allow-import` without the name of a module.
     """
     names, rest = [], []
     waiting = False
@@ -35,12 +35,17 @@ def allow_imports(arguments: list[str]) -> list[str]:
             names.append(argument.partition("=")[2])
         else:
             rest.append(argument)
-    if waiting or "" in names:
-        raise ValueError("--allow-import needs the name of a module, for example --allow-import my_rewards")
+    if waiting:
+        names.append("")
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(
+                f"--allow-import got {name!r}; expected the name of a module, for example --allow-import my_rewards"
+            )
     set_parsing_settings(
         import_path_denylist=["*"],
         import_path_allowlist=[*ALLOWED, *names],
         instantiate_subclass_spec_in_any=False,
     )
-    restrict_imports([*ALLOWED, *names])
+    restrict_imports(names)  # none of ours or of theirs is a reward function
     return rest

@@ -65,11 +65,11 @@ class Distillation(Term):
         coef: Schedule | float = 2e-3,
         estimator: str = "k2",
         mask: str = "none",
-        competence: Competence | None = None,
         normaliser: str = "all",
         transform: str = "none",
         transform_bound: float = 1.0,
         ratio_cap: float | None = None,
+        competence: Competence | None = None,
         top_k: int = 32,
         rows_without_signal: float = 1.0,
     ) -> None:

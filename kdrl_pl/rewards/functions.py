@@ -27,16 +27,13 @@ def import_function(path: str) -> Callable[..., Any]:
     """The function named by an import path such as `my_project.rewards.exact`: the one place that turns text into code.
 
     Raises:
-        ValueError: the path is no dotted path, or its module or function is not there, or is not callable.
+        ValueError: the path is no dotted path, its module or function is not there or is not callable, or it (or the
+            place where the function was defined) is not among the names of `restrict_imports`.
     """
     module_name, _, name = path.rpartition(".")
     if not module_name:
         raise ValueError(f"{path!r} is no import path; expected package.module.function")
-    if _allowed is not None and not any(f"{path}.".startswith(f"{allowed}.") for allowed in _allowed):
-        raise ValueError(
-            f"{path} is not among the packages that a config may import. If you trust it, add "
-            f"--allow-import {path.partition('.')[0]}"
-        )
+    _check_allowed(path)
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
@@ -49,7 +46,17 @@ def import_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         found = sorted(n for n, value in vars(module).items() if inspect.isfunction(value) and n[0] != "_")
         raise ValueError(f"{module_name} has no function {name!r}; it has: {', '.join(found) or 'none'}")
+    if home := getattr(function, "__module__", None):  # a module may have imported it from elsewhere: os.system
+        _check_allowed(f"{home}.{getattr(function, '__qualname__', name)}")
     return function
+
+
+def _check_allowed(path: str) -> None:
+    if _allowed is not None and not any(f"{path}.".startswith(f"{allowed}.") for allowed in _allowed):
+        raise ValueError(
+            f"{path} is not among the packages that a config may import. If you trust it, add "
+            f"--allow-import {path.partition('.')[0]}"
+        )
 
 
 def resolve(function: str | Callable[..., Any]) -> Callable[..., Any]:

@@ -171,9 +171,11 @@ def expanded(cache: DynamicCache, rows: Tensor) -> DynamicCache:
 
 
 def _with_room(states: Tensor, columns: int, rows: Tensor | None = None) -> Tensor:
-    """A copy of (B, heads, T, size) states, or of these rows of it, with space for `columns` more and some."""
+    """A copy of (B, heads, T, size) states, or of these rows of it, with space for `columns` more and some to spare."""
     _, heads, length, size = states.shape
+    # On a CPU attention reads past gaps between lines at up to half the speed (measured), so there they are kept small.
+    spare = length // 64 + 4 if states.device.type == "cpu" else length // 8 + 64
     lines = len(states) if rows is None else len(rows)
-    buffer = states.new_empty(lines, heads, length + columns + length // 8 + 64, size)
+    buffer = states.new_empty(lines, heads, length + columns + spare, size)
     buffer[:, :, :length] = states if rows is None else states[rows]
     return buffer

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kdrl_pl.cli.configs import read_yaml
 from kdrl_pl.resources import find
 
 _STUDY = ("name", "testbeds", "arms", "seeds", "rollouts", "baseline", "compare", "plot", "jobs", "threads")
+_SETTING = re.compile(r"[A-Za-z_]\w*(\.[\w+-]+)+")
 _OURS = ("run.", "rollout.seed", "data.seed")  # what the study sets itself, in every run
 
 
@@ -67,15 +69,10 @@ def read_study(file: str) -> Study:
         FileNotFoundError: there is none.
         ValueError: a key is unknown, missing or of another kind than expected; says which, and what was expected.
     """
-    from yaml import YAMLError, safe_load
-
     path = Path(find(file)).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no study {file!r} (looked in {Path.cwd()})")
-    try:
-        content = safe_load(path.read_text())
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not readable as YAML: {error}") from None
+    content = read_yaml(path)
     try:
         return _study(content)
     except ValueError as error:
@@ -125,6 +122,8 @@ def _arm(name: str, value: Any, seeds: tuple[int, ...], testbeds: tuple[str, ...
     if not isinstance(settings, dict):
         raise ValueError(f"{where}.set: is {settings!r}; expected settings like model.distillation.coef: 0.1")
     for setting in settings:
+        if not _SETTING.fullmatch(str(setting)):  # it becomes an option: --allow-import and the like are the user's
+            raise ValueError(f"{where}.set: {setting!r} is no setting; expected one like model.distillation.coef")
         if str(setting).startswith(_OURS):
             raise ValueError(f"{where}.set: {setting} is what the study sets itself; expected settings of the method")
     chosen = _texts(value.get("testbeds") or testbeds, f"{where}.testbeds")

@@ -59,8 +59,9 @@ class Run:
         folder = self.folder(root)
         return [
             *(sys.executable, "-m", "kdrl_pl", "fit"),
-            *(word for file in self.config for word in ("--config", file)),
-            *(word for name, value in self.set.items() for word in (f"--{name}", _as_argument(value))),
+            # In one word each, so that no file name or value can be an option itself.
+            *(f"--config={file}" for file in self.config),
+            *(f"--{name}={_as_argument(value)}" for name, value in self.set.items()),
             *("--rollout.seed", str(self.seed), "--data.seed", str(self.seed)),
             *("--run.root", str(folder.parent), "--run.name", folder.name),
             *("--run.max_rollouts", str(self.rollouts), "--resume", "auto"),

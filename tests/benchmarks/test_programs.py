@@ -171,7 +171,7 @@ def test_kdrl_against_grpo(tmp_path, capsys):
     file = tmp_path / "report.json"
     importlib.import_module("kdrl_vs_grpo").main(["--miniature", "--repeats", "1", "--output", str(file)])
     report = json.loads(file.read_text())
-    assert report["KDRL"]["teacher"]["median"] > 0 == report["GRPO"]["teacher"]["median"]
+    assert report["GRPO"]["teacher"]["median"] < 0.1 * report["KDRL"]["teacher"]["median"]
     assert "| GRPO |" in capsys.readouterr().out
 
 

@@ -1,4 +1,4 @@
-"""The curriculum: weights by hand, draws in proportion to them, a memory that is heard in time and nobody starves in."""
+"""The curriculum: weights by hand, draws in proportion to them, a memory heard in time, and nobody starves."""
 
 from __future__ import annotations
 

@@ -187,23 +187,31 @@ def test_a_signal_to_a_rank_that_waits_for_the_other_stops_that_one(tmp_path):
     assert find_checkpoint(next((tmp_path / "faulty").iterdir())).name == "last-000000.ckpt"
 
 
+@pytest.fixture(scope="module")
+def whole_command(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("command")
+    process = kdrl(folder, *TWO)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    return next((folder / "faulty").iterdir())
+
+
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("call", [1, 4, 6])
-def test_commands_that_gave_way_resume_bit_equal(rank, signum, call, tmp_path):
-    whole = kdrl(tmp_path / "whole", *TWO)
-    assert whole.communicate(timeout=120) and whole.returncode == 0
+def test_commands_that_gave_way_resume_bit_equal(rank, signum, call, whole_command, tmp_path):
     where = ("--rollout.engine.call", call, "--rollout.engine.rank", rank, "--rollout.engine.signum", int(signum))
-    process = kdrl(tmp_path / "parts", *TWO, *ENGINE, *where)
+    process = kdrl(tmp_path, *TWO, *ENGINE, *where)
     output = process.communicate(timeout=120)[0]
     assert process.returncode == 128 + signum, output
-    (a,), (b,) = ((tmp_path / name / "faulty").iterdir() for name in ("whole", "parts"))
-    resumed = kdrl(tmp_path / "parts", "--resume", b, *TWO)
+    (parts,) = (tmp_path / "faulty").iterdir()
+    resumed = kdrl(tmp_path, "--resume", parts, *TWO)
     output = resumed.communicate(timeout=120)[0]
     assert resumed.returncode == 0, output
-    ends = [torch.load(find_checkpoint(folder), weights_only=True) for folder in (a, b)]
+    ends = [torch.load(find_checkpoint(folder), weights_only=True) for folder in (whole_command, parts)]
     for part in ("state_dict", "optimizer_states", "kdrl", "loops"):
         assert difference(ends[0][part], ends[1][part]) is None, part
-    assert json.loads((a / "summary.json").read_text())["val"] == json.loads((b / "summary.json").read_text())["val"]
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (whole_command, parts)]
+    assert summaries[0]["val"] == summaries[1]["val"]

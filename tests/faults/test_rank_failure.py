@@ -66,7 +66,7 @@ def test_errors_of_any_rank(rank, as_traceback, tmp_path):
 
 @pytest.mark.slow
 def test_a_rank_that_is_killed_ends_the_job(tmp_path):
-    """Rank 0 hears of it by a broken connection and names it, unless Lightning's watch of its children kills it first."""
+    """Rank 0 hears of it by a broken connection and names it, unless Lightning's watch of children kills it first."""
     output, status, seconds = fails(tmp_path, "exit", 1)
     assert status in (1, -signal.SIGKILL), output
     assert seconds < 20

@@ -49,6 +49,16 @@ def test_a_student_that_always_drops_carries():
     assert row_of(123, 456, drop_carry=1.0)["response"] == "36009;25007;14005;#0579"  # nothing to carry
 
 
+def test_a_foreign_teacher_writes_other_columns_and_the_same_sums():
+    # 3+6, second number first; then 2+5 and 1+4
+    assert row_of(123, 456, style="foreign")["response"] == "6+3+0=09;5+2+0=07;4+1+0=05;#0579"
+    assert row_of(58, 67, digits=2, style="foreign")["response"] == "7+8+0=15;6+5+1=12;#125"
+    plain, foreign = (tasks.make("addition", 100, drop_carry=0.5, noise=0.1, style=s) for s in ("plain", "foreign"))
+    for one, other in zip(plain, foreign, strict=True):  # the style changes nothing but the writing
+        assert one["response"].partition("#")[2] == other["response"].partition("#")[2]
+        assert set(other["response"]) <= set(addition.ALPHABET)
+
+
 def test_noise_in_every_column_makes_every_digit_of_the_sum_wrong_and_the_answer_follows_the_trace():
     for row in tasks.make("addition", 200, noise=1.0):
         columns, _, result = row["response"].partition("#")
@@ -106,7 +116,9 @@ def test_correct_iff_the_text_after_the_mark_is_the_sum(text, correct):
     assert tasks.verify(prompt, text) is correct
 
 
-@pytest.mark.parametrize("options", [{"digits": 0}, {"digits": "3"}, {"drop_carry": 1.5}, {"noise": -0.1}])
+@pytest.mark.parametrize(
+    "options", [{"digits": 0}, {"digits": "3"}, {"drop_carry": 1.5}, {"noise": -0.1}, {"style": "loud"}]
+)
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match=f"addition: {next(iter(options))} is"):
         tasks.make("addition", 1, **options)

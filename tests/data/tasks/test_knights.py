@@ -30,9 +30,9 @@ def row_of(sentences: str, **options) -> dict:
 @pytest.mark.parametrize(
     ("sentences", "plain", "foreign"),
     [
-        # A "B is a knight", B "C is a knave", C "A is not as I am". If A is a knight, so is B, and C is a knave; C's
-        # sentence is untrue, so A is as C is: a knave, against what was supposed. If A is a knave, so is B; B's sentence
-        # is untrue and C a knight; its sentence is true, so A is a knave, as supposed.
+        # A "B is a knight", B "C is a knave", C "A is not as I am". If A is a knight, so is B, and C is a knave; what C
+        # says is untrue, so A is as C is: a knave, against what was supposed. If A is a knave, so is B; B's sentence is
+        # untrue and C a knight; what C says is true, so A is a knave, as supposed.
         ("KN/", "KKNN;NNKN#NNK", "--+-#NNK"),
         # A knight, B unlike a knight, and then B's untrue "A is a knave": a knight, as supposed. Supposing a knave: A's
         # "unlike me" is untrue, B like a knave; B's sentence again makes A a knight.
@@ -84,10 +84,10 @@ def test_a_student_that_always_distrusts():
 
 
 def test_noise_in_every_sentence_turns_every_role_round():
-    # A knight; not a knight, B; B's "C is not as I am" makes a knave, so a knight; C's "A is as I am" a knight, so a knave.
-    # A knave; A's "B is a knight" makes a knave, so a knight; B's makes a knave, so a knight; again a knave for A.
+    # Supposing a knight: B should be a knight, is put down as a knave; C should be a knave, becomes a knight; A should
+    # be a knight, becomes a knave: try again. Supposing a knave: B should be a knave, C a knave, A a knight.
     assert row_of("K/=", noise=1.0)["response"] == "KNKN;NKKN#NKK"
-    # Supposing either, A's neighbour is put down as a knave, and its sentence as making A the opposite of the supposed.
+    # B should be a knight, becomes a knave; that makes A a knave, becomes a knight, as supposed.
     assert row_of("=K", noise=1.0)["response"] == "KNK#KN"
 
 

@@ -3,9 +3,9 @@
     python benchmarks/rollout.py [--rows 64] [--rounds 5] [--out FILE]
 
 A random Llama of 2 M parameters, groups of 8 after prompts of 8 to 24 tokens, completions of very uneven length: a bias
-on the end token makes them geometric with a mean of 48, cut off at 256. Seconds are CPU seconds of one thread; variants
-take turns, and a ratio is the median over the rounds of two runs of one round. All variants but bfloat16 must sample the
-same tokens, which is checked first.
+on the end token makes them geometric with a mean of 80, cut off at 256. Seconds are CPU seconds of one thread; variants
+take turns, and a ratio is the median over the rounds of two runs of one round. All variants but bfloat16 must sample
+the same tokens, which is checked first.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from kdrl_pl.rollout.sampling import Sampling
 from kdrl_pl.rollout.streams import group_keys
 
 VOCABULARY, HIDDEN, END = 8192, 96, 2
-GROUP, MEAN_TOKENS, MAX_TOKENS = 8, 48, 256
+GROUP, MEAN_TOKENS, MAX_TOKENS = 8, 80, 256
 
 Variant = Callable[[], Completions]
 

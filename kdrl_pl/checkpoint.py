@@ -10,6 +10,8 @@ import logging
 import pickle
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +62,37 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: it holds anything else.
         """
-        try:
+        with _plain(path):
             where: Any = map_location or "cpu"
             return super().load_checkpoint(path, map_location=where, weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds more than tensors, numbers and text, so it is not loaded: it could run code. "
-                "Checkpoints of this library do not"
-            ) from error
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
         _checksum_path(Path(path)).unlink(missing_ok=True)
+
+
+def load_weights(path: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, left on the disk until they are read.
+
+    Raises:
+        ValueError: it holds anything but tensors, numbers and text, or no weights.
+    """
+    with _plain(path):
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(content, dict) or "state_dict" not in content:
+        raise ValueError(f"{path} holds no weights; expected a checkpoint of kdrl fit or kdrl sft")
+    return content["state_dict"]
+
+
+@contextmanager
+def _plain(path: Any) -> Iterator[None]:
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, numbers and text, so it is not loaded: it could run code. "
+            "Checkpoints of this library do not"
+        ) from error
 
 
 class Checkpoints(Callback):
@@ -192,6 +213,8 @@ def find_checkpoint(run: str | Path, kind: str = "last") -> Path:
         FileNotFoundError: there is none; says what was skipped and why.
     """
     run = Path(run)
+    if not run.exists():
+        raise FileNotFoundError(f"no run folder or checkpoint at {run} (looked in {Path.cwd()})")
     if run.is_file():
         candidates = [run]
     else:
@@ -202,6 +225,8 @@ def find_checkpoint(run: str | Path, kind: str = "last") -> Path:
             log.warning("skipped checkpoint %s: %s", path, problem)
         else:
             return path
+    if run.is_file():
+        raise FileNotFoundError(f"{run} is no whole checkpoint: {_problem(run)}; give another, or the run folder")
     skipped = f"; {len(candidates)} damaged ones were skipped" if candidates else ""
     raise FileNotFoundError(f"no {kind} checkpoint in {run}{skipped}")
 

@@ -6,6 +6,7 @@ Notation: B rows, T tokens, H hidden, G rows of a group. Every per-token tensor 
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
@@ -205,8 +206,18 @@ class Experience:
 
     @classmethod
     def load(cls, path: str | Path) -> Experience:
-        """Read what `save` wrote, on the CPU."""
-        return cls(**torch.load(path, weights_only=True, map_location="cpu"))
+        """Read what `save` wrote, on the CPU.
+
+        Raises:
+            ValueError: it is another file, or one that could run code.
+        """
+        try:
+            fields = torch.load(path, weights_only=True, map_location="cpu")
+        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # the last: a torn zip archive
+            raise ValueError(f"{path} is no stored rollout of tensors and numbers only, so it is not loaded") from error
+        if not isinstance(fields, dict) or not fields.keys() >= _REQUIRED.keys():
+            raise ValueError(f"{path} is no stored rollout; expected {', '.join(_REQUIRED)} and more")
+        return cls(**fields)
 
     @classmethod
     def from_rows(

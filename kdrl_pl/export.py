@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from kdrl_pl.checkpoint import load_weights
 from kdrl_pl.models.loading import check_model_path, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -30,8 +29,10 @@ def export_checkpoint(checkpoint: Path, student_path: str, output: Path, dtype: 
     """
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder with --output")
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+    state = load_weights(checkpoint)
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    if not weights:
+        raise ValueError(f"{checkpoint} holds no student; expected a checkpoint of kdrl fit or kdrl sft")
     own = next(iter(weights.values())).dtype
     model, _ = load_model(student_path, dtype or str(own).removeprefix("torch."), from_scratch=True)
     expected = model.state_dict()
@@ -52,7 +53,9 @@ def _copy_configs(path: str, model: PreTrainedModel, output: Path) -> None:
     """The student's own: in ours dropout is 0, and a generation config made from it knows but one end token."""
     from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(path, dtype=model.dtype, architectures=[type(model).__name__])
+    config = AutoConfig.from_pretrained(
+        path, trust_remote_code=False, dtype=model.dtype, architectures=[type(model).__name__]
+    )
     config.save_pretrained(output)
     try:
         GenerationConfig.from_pretrained(path).save_pretrained(output)

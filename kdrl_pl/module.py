@@ -130,7 +130,14 @@ class KDRLModule(LightningModule):
         self.distillation, self.reward_shaping, self.teacher = distillation, reward_shaping, teacher
         _refuse(normaliser not in NORMALISERS, f"normaliser is {normaliser!r}; expected {', '.join(NORMALISERS)}")
         _refuse(advantage_scale not in SCALES, f"advantage_scale is {advantage_scale!r}; expected {', '.join(SCALES)}")
-        _refuse(epochs_per_rollout < 1, f"epochs_per_rollout is {epochs_per_rollout}; expected at least 1")
+        for setting, value in (
+            ("epochs_per_rollout", epochs_per_rollout),
+            ("groups_per_update", groups_per_update),
+            ("max_tokens_per_micro_batch", max_tokens_per_micro_batch),
+            ("max_skipped_steps", max_skipped_steps),
+        ):
+            _refuse(value is not None and value < 1, f"model.{setting} is {value}; expected at least 1")
+        _refuse(not 0 <= advantage_eps < 1, f"advantage_eps is {advantage_eps}; expected a small number such as 1e-6")
         _refuse(
             gradient_clip is not None and not gradient_clip > 0,
             f"gradient_clip is {gradient_clip}; expected a positive norm, or null for none",

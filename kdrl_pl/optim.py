@@ -17,8 +17,15 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
 
 
 def make_optimizer(make: Callable[[Any], torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the trainable weights; each group remembers the rate that the schedule multiplies."""
-    optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+    """The optimizer of the trainable weights; each group remembers the rate that the schedule multiplies.
+
+    Raises:
+        ValueError: the optimizer refuses its settings.
+    """
+    try:
+        optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"model.optimizer does not take its settings: {error}") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer

@@ -15,6 +15,17 @@ from kdrl_pl.records import NonFiniteRollouts, RolloutFiles, rollout_rows
 from kdrl_pl.summary import build_summary
 
 
+def check_name(name: str) -> str:
+    """The name of a run, once it is sure that it is that of one folder.
+
+    Raises:
+        ValueError: it could lead elsewhere.
+    """
+    if not isinstance(name, str) or not name.isprintable() or not name or name[0] == "." or set(name) & {"/", "\\"}:
+        raise ValueError(f"run.name is {name!r}; expected a plain folder name, it stands below run.root")
+    return name
+
+
 class RunFolder(Callback):
     """Writes `metrics.jsonl`, `rollouts/`, `env.json` and `summary.json` into the run folder of a training.
 
@@ -30,8 +41,9 @@ class RunFolder(Callback):
     def __init__(
         self, name: str = "kdrl", root: str = "runs", keep_rollouts: int = 20, max_rollouts: int | None = None
     ) -> None:
-        if not name or "/" in name or name.startswith("."):
-            raise ValueError(f"run.name is {name!r}; expected a plain folder name, it stands below run.root")
+        check_name(name)
+        if keep_rollouts < -1:
+            raise ValueError(f"run.keep_rollouts is {keep_rollouts}; expected a number, 0 for none or -1 for all")
         if max_rollouts is not None and max_rollouts < 1:
             raise ValueError(f"run.max_rollouts is {max_rollouts}; expected at least 1, or null")
         self.name, self.root, self.keep_rollouts, self.max_rollouts = name, root, keep_rollouts, max_rollouts

@@ -111,6 +111,6 @@ def read_yaml(path: Path) -> Any:
             return node
 
     try:
-        return load(path.read_text(encoding="utf-8"), Loader)  # noqa: S506 - a SafeLoader
+        return load(path.read_text(encoding="utf-8"), Loader)
     except (YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not readable as YAML: {error}") from None

@@ -96,8 +96,8 @@ def explain(message: str, options: Iterable[str]) -> str:
 
 def _path(outermost: str, message: str) -> str:
     """The setting that is wrong: the parser names it from outside to inside, each part on its own."""
-    if nested := re.search(r"NestedArg\(key='([^']+)'", message):
-        return f"{outermost}.{nested[1]}"
+    if nested := re.findall(r"NestedArg\(key='([^']+)'", message):
+        return f"{outermost}.{nested[-1]}"
     return ": ".join(re.findall(r'Parser key "([^"]+)"', message))
 
 

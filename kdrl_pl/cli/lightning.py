@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint
 from kdrl_pl.cli.configs import merge_configs
@@ -39,6 +40,7 @@ _REFUSED = {
     "inference_mode": (False, "tensors of inference_mode cannot enter a backward pass"),
     "use_distributed_sampler": (False, "the data module gives every rank its whole groups"),
     "gradient_clip_val": (None, "use model.gradient_clip"),
+    "enable_checkpointing": (False, "checkpoints are whole or absent here: use section checkpoint"),
     "accumulate_grad_batches": (1, "use model.max_tokens_per_micro_batch (and model.groups_per_update)"),
 }
 _DESCRIPTION = (
@@ -67,6 +69,8 @@ class RunCLI(LightningCLI):
         self.resume_anyway = "--resume-anyway" in arguments
         arguments = [argument for argument in arguments if argument != "--resume-anyway"]
         self.resume = _take_resume(arguments)
+        if command != "fit" and self.resume != "never":
+            raise ValueError(f"--resume is for kdrl fit; kdrl {command} takes --ckpt_path, a run folder or checkpoint")
         run = _run_of(self.resume)
         if command == "fit" and run is not None and not any(a.startswith(("--config", "-c")) for a in arguments):
             arguments = ["--config", str(run / "config.yaml"), *arguments]
@@ -132,6 +136,8 @@ class RunCLI(LightningCLI):
     def _resolve(self, run: Any) -> tuple[Path, Path | None]:
         """Run folder and checkpoint to start from."""
         runs = Path(run["root"]) / run["name"]
+        if file := next((path for path in (runs, *runs.parents) if path.is_file()), None):
+            raise ValueError(f"run.root is {run['root']}, and {file} is a file; expected a folder, existing or new")
         fresh = _unused(runs / time.strftime("%Y-%m-%d_%H-%M-%S"))
         if self.subcommand != "fit" or self.resume == "never":
             return fresh, None
@@ -154,7 +160,12 @@ class RunCLI(LightningCLI):
         given = settings["plugins"] or []
         logger = self._logger() if settings["logger"] in (None, True) else settings["logger"]
         extra = {"plugins": [*(given if isinstance(given, list) else [given]), *plugins], "logger": logger}
-        trainer: Any = super().instantiate_trainer(**extra, **kwargs)
+        try:
+            trainer: Any = super().instantiate_trainer(**extra, **kwargs)
+        except MisconfigurationException as error:
+            where = ", ".join(f"{name} {settings[name]}" for name in ("accelerator", "devices", "strategy"))
+            cure = "; auto takes what is there" if "backend" in str(error) else ""
+            raise SettingsError(f"section trainer ({where}): {error}{cure}") from None
         trainer.callbacks.insert(0, RankWatch(partial(report, self.command)))
         trainer.callbacks.append(Preemption())
         return trainer
@@ -240,6 +251,9 @@ def _check_trainer(trainer: Any) -> None:
     for name, (sound, cure) in _REFUSED.items():
         if trainer[name] != sound:
             raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {sound}: {cure}")
+    interval = trainer["val_check_interval"]
+    if isinstance(interval, int | float) and interval <= 0:
+        raise ValueError(f"trainer.val_check_interval is {interval}; expected rollouts between validations, at least 1")
     precision = trainer["precision"]
     if precision is not None and str(precision) not in _PRECISIONS:
         raise ValueError(

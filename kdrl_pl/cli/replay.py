@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kdrl_pl.cli.errors import Parser
 from kdrl_pl.cli.imports import allow_imports
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     from kdrl_pl.losses.distillation import ESTIMATORS
     from kdrl_pl.losses.weights import KD_MASKS
 
-    parser = argparse.ArgumentParser(prog="kdrl replay", description=main.__doc__)
+    parser = Parser(prog="kdrl replay", description=main.__doc__)
     parser.add_argument("stored", nargs="+", type=Path, help="run folder, or files of its rollouts/ or nonfinite/")
     parser.add_argument("--config", action="append", default=[], help="laid over the run's config.yaml; repeatable")
     parser.add_argument("--checkpoint", type=Path, help="student of this checkpoint (default: the run's newest)")
@@ -94,10 +95,9 @@ def _config(run: Path | None, files: Sequence[str]) -> dict[str, Any]:
 
 def _module(config: Mapping[str, Any], run: Path | None, options: argparse.Namespace, device: str) -> Any:
     """The loaded module, and what its student is called."""
-    import torch
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from kdrl_pl.checkpoint import find_checkpoint
+    from kdrl_pl.checkpoint import find_checkpoint, load_weights
     from kdrl_pl.cli.errors import SettingsError, explain
     from kdrl_pl.module import KDRLModule
 
@@ -119,7 +119,7 @@ def _module(config: Mapping[str, Any], run: Path | None, options: argparse.Names
         raise SettingsError(explain(str(error), parser._option_string_actions)) from None
     module.configure_model()
     if checkpoint is not None:
-        module.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"])
+        module.load_state_dict(load_weights(checkpoint))
     return module.load(device), checkpoint or settings["student"]
 
 

@@ -49,7 +49,9 @@ def report(command: str, error: BaseException) -> None:
 
     It may hold what a model wrote, so control characters are written as escapes.
     """
-    if isinstance(error, USER_ERRORS) and not os.environ.get("KDRL_TRACEBACK"):
+    lightning = sys.modules.get("lightning.fabric.utilities.exceptions")  # imported by whoever could have raised it
+    kinds = USER_ERRORS if lightning is None else (*USER_ERRORS, lightning.MisconfigurationException)
+    if isinstance(error, kinds) and not os.environ.get("KDRL_TRACEBACK"):
         text = f"kdrl {command}: {error}"
     else:
         text = "".join(traceback.format_exception(error)).rstrip()

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from kdrl_pl.cli.errors import Parser
 from kdrl_pl.errors import RunError
 from kdrl_pl.study.config import read_study
 from kdrl_pl.study.plan import Run, plan
@@ -79,7 +80,7 @@ def _do(runs: Sequence[Run], report: Report, jobs: int, environment: Mapping[str
 def _options(arguments: list[str]) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     description = "\n".join(line.strip() for line in main.__doc__.partition("Raises:")[0].splitlines())
-    parser = argparse.ArgumentParser(prog="kdrl study", description=description, formatter_class=formatter)
+    parser = Parser(prog="kdrl study", description=description, formatter_class=formatter)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="YAML of the study, see configs/studies/")
     add("--only", nargs="+", default=[], metavar="PATTERN", help="runs to do, TESTBED/ARM or TESTBED/ARM/SEED, with *")
@@ -102,7 +103,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise ValueError(text)
-    return number
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
+    return int(text)

@@ -70,7 +70,8 @@ class NamedSets(LightningDataModule):
         """The tokenizer, loaded at first use.
 
         Raises:
-            ValueError: no `tokenizer` was given and no module with a `student_path` is attached.
+            ValueError: no `tokenizer` was given and no module with a `student_path` is attached; or its ids are not the
+                student's.
         """
         if self._tokenizer is None:
             path = self.tokenizer_path
@@ -81,7 +82,19 @@ class NamedSets(LightningDataModule):
                     "no tokenizer: set data.tokenizer to a folder or hub name (there is no student's to take)"
                 )
             self._tokenizer = load_tokenizer(path)
+            self._check_tokenizer(path)
         return self._tokenizer
+
+    def _check_tokenizer(self, path: str) -> None:
+        """Refuse one whose ids mean something else than the student's."""
+        student = self.trainer and getattr(self.trainer.lightning_module, "student_path", None)
+        if student in (None, path):
+            return
+        if self._tokenizer.get_vocab() != load_tokenizer(student).get_vocab():
+            raise ValueError(
+                f"data.tokenizer {path} has other token ids than the student {student}; expected its own, perhaps "
+                "with another chat template; or set data.tokenizer: null"
+            )
 
     @property
     def rank(self) -> int:

@@ -62,7 +62,7 @@ class Competence:
         if not file.is_file():
             raise FileNotFoundError(f"no file {self.path!r} with the teacher's responses; {_cure(self.path)}")
         found: dict[str, tuple[float, int, bytes | None]] = {}
-        with file.open(encoding="utf-8") as lines:
+        with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 try:
                     row = json.loads(line)
@@ -70,9 +70,10 @@ class Competence:
                 except (ValueError, TypeError, KeyError):
                     uid, correct = None, -1.0
                 if not isinstance(uid, str) or not 0 <= correct <= 1:
+                    shown = line[:80].decode(errors="replace").strip()
                     raise ValueError(
-                        f"{self.path}, line {number}: {line[:80].strip()!r} is no row with uid and correct (true, "
-                        f"false or a share); {_cure(self.path)}"
+                        f"{self.path}, line {number}: {shown!r} is no row with uid and correct (true, false or a "
+                        f"share); {_cure(self.path)}"
                     )
                 right, rows, _ = found.get(uid, (0.0, 0, None))
                 found[uid] = (right + correct, rows + 1, None if text is None else _digest(text))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -45,16 +46,37 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
 
     Raises:
         FileNotFoundError: see `check_model_path`.
-        ValueError: the tokenizer has no end-of-sequence token, so that no response could end.
+        ValueError: it cannot be loaded, or has no end-of-sequence token, so that no response could end.
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(check_model_path(path))
+    path = check_model_path(path)
+    with _readable("tokenizer", path, "expected a folder with tokenizer.json and tokenizer_config.json"):
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {path} has no eos_token; set one, or no response could end")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+@contextmanager
+def _readable(what: str, path: str, cure: str = "") -> Iterator[None]:
+    """What transformers and safetensors say of a folder, with its name and the cure."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"the {what} of {path} needs code of its own (auto_map in its config), which is never run; choose a "
+                "model that transformers itself knows"
+            ) from None
+        if isinstance(error, SafetensorError):
+            cure = "the file is damaged: copy it again"
+        said = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(f"the {what} of {path} cannot be loaded: {said}{cure and f'; {cure}'}") from error
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -106,7 +128,8 @@ def load_model(
         from_scratch: random weights from config.json instead of stored ones.
 
     Raises:
-        ValueError: unknown dtype.
+        ValueError: unknown dtype, or a model that cannot be loaded: not safetensors, damaged, of a kind that
+            transformers does not know, or with code of its own.
         FileNotFoundError: see `check_model_path`.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
@@ -116,17 +139,24 @@ def load_model(
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)}")
     path = check_model_path(path)
-    config = AutoConfig.from_pretrained(path)
+    with _readable("config", path, "expected a causal language model that this version of transformers knows"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     silenced = _without_dropout(config)
-    arguments: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    arguments: dict[str, Any] = {"dtype": DTYPES[dtype], "trust_remote_code": False}
     if attn_implementation is not None:
         arguments["attn_implementation"] = attn_implementation
-    if from_scratch:
-        model = AutoModelForCausalLM.from_config(config, **arguments)
-    else:
-        if quantization is not None:
-            arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
-        model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **arguments)
+    if not from_scratch and Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
+        raise ValueError(
+            f"{path} holds no *.safetensors; pickled weights could run code and are not loaded: load them where you trust "
+            "them, and save_pretrained writes safetensors"
+        )
+    with _readable("model", path):
+        if from_scratch:
+            model = AutoModelForCausalLM.from_config(config, **arguments)
+        else:
+            if quantization is not None:
+                arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
+            model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **arguments)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -9,6 +9,10 @@ from typing import Protocol, runtime_checkable
 from kdrl_pl.data.prompts import Prompt
 
 
+class CannotJudge(ValueError):
+    """A setting or a row of the data set is wrong, not a completion: no answer can be judged. Says how to mend it."""
+
+
 @dataclass(frozen=True)
 class Completion:
     """One sampled response, as a reward sees it.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from kdrl_pl.rewards.base import Completion, Reward, RewardOutput, runs_in_workers
+from kdrl_pl.rewards.base import CannotJudge, Completion, Reward, RewardOutput, runs_in_workers
 
 
 def check_lengths(output: RewardOutput, rows: int, name: str) -> None:
@@ -81,13 +81,13 @@ class WeightedSum:
         judges = [name for name, output in outputs.items() if output.correct is not None]
         if self.correct_from is not None:
             if self.correct_from not in judges:
-                raise ValueError(
+                raise CannotJudge(
                     f"correct_from is {self.correct_from!r}, which does not judge correctness; those that do:"
                     f" {', '.join(judges) or 'none'}"
                 )
             return outputs[self.correct_from]
         if len(judges) > 1:
-            raise ValueError(
+            raise CannotJudge(
                 f"{', '.join(judges)} all judge correctness, and the sum needs one verdict: set correct_from to one of"
                 " them"
             )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kdrl_pl.rewards.base import Completion, RewardOutput
+from kdrl_pl.rewards.base import CannotJudge, Completion, RewardOutput
 
 _allowed: tuple[str, ...] | None = None  # None: this is a program of its own, not a config that anyone may have written
 
@@ -46,8 +47,11 @@ def import_function(path: str) -> Callable[..., Any]:
     if not callable(function):
         found = sorted(n for n, value in vars(module).items() if inspect.isfunction(value) and n[0] != "_")
         raise ValueError(f"{module_name} has no function {name!r}; it has: {', '.join(found) or 'none'}")
-    if home := getattr(function, "__module__", None):  # a module may have imported it from elsewhere: os.system
-        _check_allowed(f"{home}.{getattr(function, '__qualname__', name)}")
+    inner = function
+    while isinstance(inner, functools.partial):
+        inner = inner.func
+    if home := getattr(inner, "__module__", None):  # the module may have imported it from elsewhere
+        _check_allowed(f"{home}.{getattr(inner, '__qualname__', name)}")
     return function
 
 
@@ -119,7 +123,7 @@ class FunctionReward:
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             for p in parameters:
                 if p.name not in available and p.default is p.empty and p.kind is not p.VAR_POSITIONAL:
-                    raise ValueError(
+                    raise CannotJudge(
                         f"{_name(self.function)} wants {p.name!r}, which row {prompt.uid!r} does not have; there are:"
                         f" {', '.join(sorted(available))}"
                     )

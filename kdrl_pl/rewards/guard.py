@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 
 from kdrl_pl.errors import RunError
-from kdrl_pl.rewards.base import Completion, Reward, RewardOutput, runs_in_workers
+from kdrl_pl.rewards.base import CannotJudge, Completion, Reward, RewardOutput, runs_in_workers
 from kdrl_pl.rewards.combine import check_lengths
 
 
@@ -78,8 +78,8 @@ class GuardedReward:
             check_lengths(output, rows, "the reward")
         except RewardFailure:
             raise
-        except Exception:
-            self._remember(traceback.format_exc())
+        except Exception as error:
+            self._remember(str(error) if isinstance(error, CannotJudge) else traceback.format_exc())
             output, failed = RewardOutput([self.failure_value] * rows, [False] * rows), set(range(rows))
         else:
             failed = self._check_rows(output, completions)

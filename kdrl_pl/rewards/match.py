@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 
-from kdrl_pl.rewards.base import Completion, RewardOutput
+from kdrl_pl.rewards.base import CannotJudge, Completion, RewardOutput
 from kdrl_pl.rewards.numeric import last_number, parse_number
 from kdrl_pl.rewards.text import after_marker, last_boxed, normalize, reference_answer
 
@@ -136,7 +136,7 @@ class NumericMatch(_Match):
         text = reference_answer(completion, self.answer_marker)
         reference = parse_number(text)
         if reference is None:
-            raise ValueError(
+            raise CannotJudge(
                 f"the reference answer {text!r} of row {completion.prompt.uid!r} is not one number; use ExactMatch for"
                 " words, MathReward for expressions, or answer_marker if the number stands at its end"
             )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kdrl_pl.rewards.base import Completion, RewardOutput
+from kdrl_pl.rewards.base import CannotJudge, Completion, RewardOutput
 
 
 class SoftOverlong:
@@ -31,7 +31,7 @@ class SoftOverlong:
 
     def _penalty(self, length: int, max_tokens: int) -> float:
         if max_tokens <= self.cache_tokens:
-            raise ValueError(
+            raise CannotJudge(
                 f"cache_tokens is {self.cache_tokens} and the response budget {max_tokens}; the budget must be larger:"
                 " lower cache_tokens or raise the rollout's max_tokens"
             )

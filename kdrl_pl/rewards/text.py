@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from kdrl_pl.rewards.base import Completion
+from kdrl_pl.rewards.base import CannotJudge, Completion
 
 _BOX = re.compile(r"\\boxed(?![A-Za-z])\s*")
 _TAG = re.compile(r"<([A-Za-z][\w-]*)>")
@@ -61,18 +61,18 @@ def reference_answer(completion: Completion, marker: str | None = None) -> str:
     """The reference answer of the completion's prompt, or the part of it after `marker`.
 
     Raises:
-        ValueError: the row has no answer, or its answer lacks the marker.
+        CannotJudge: the row has no answer, or its answer lacks the marker.
     """
     answer, uid = completion.prompt.answer, completion.prompt.uid
     if answer is None:
-        raise ValueError(
+        raise CannotJudge(
             f"row {uid!r} has no reference answer, which this reward compares with; name the data set's answer column,"
             " or take a reward that needs none"
         )
     if marker is None:
         return answer
     if (found := after_marker(answer, marker)) is None:
-        raise ValueError(
+        raise CannotJudge(
             f"the reference answer of row {uid!r} has nothing after answer_marker={marker!r}: {answer[-80:]!r}"
         )
     return found

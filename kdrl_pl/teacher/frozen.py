@@ -44,7 +44,7 @@ class FrozenTeacher:
             unquantised weights once for it.
 
     Raises:
-        ValueError: unknown quantization.
+        ValueError: unknown quantization, or a budget below 1.
     """
 
     def __init__(
@@ -59,6 +59,10 @@ class FrozenTeacher:
     ) -> None:
         if quantization is not None and quantization not in QUANTIZATIONS:
             raise ValueError(f"teacher.quantization is {quantization!r}; expected null, {' or '.join(QUANTIZATIONS)}")
+        if max_tokens_per_micro_batch < 1:
+            raise ValueError(
+                f"teacher.max_tokens_per_micro_batch is {max_tokens_per_micro_batch}; expected at least 1 token"
+            )
         self.path, self.dtype, self.quantization = path, dtype, quantization
         self.int8_threshold, self.attn_implementation = int8_threshold, attn_implementation
         self.max_tokens_per_micro_batch = max_tokens_per_micro_batch

@@ -54,8 +54,8 @@ def test_the_command_of_a_run(folder):
     arms = {"arms": {"grpo": {"config": ["grpo.yaml"], "set": {"model.optimizer": {"lr": 1e-3}, "model.x": None}}}}
     run = runs_of(arms, only=["far/grpo/1"])[0]
     assert shlex.join(run.command(Path("runs/s"))) == (
-        f"{sys.executable} -m kdrl_pl fit --config base.yaml --config more.yaml --config grpo.yaml "
-        "--model.optimizer '{\"lr\": 0.001}' --model.x null --rollout.seed 1 --data.seed 1 "
+        f"{sys.executable} -m kdrl_pl fit --config=base.yaml --config=more.yaml --config=grpo.yaml "
+        "'--model.optimizer={\"lr\": 0.001}' --model.x=null --rollout.seed 1 --data.seed 1 "
         f"--run.root runs/s/far/grpo --run.name seed-1-{run.digest} --run.max_rollouts 30 --resume auto"
     )
 

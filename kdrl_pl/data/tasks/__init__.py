@@ -18,6 +18,7 @@ from typing import Any
 from kdrl_pl.data.prompts import Prompt
 from kdrl_pl.data.tasks import addition, countdown, knights, reasoning_gym, word_problems
 from kdrl_pl.data.tasks.answers import final_answer
+from kdrl_pl.rewards.base import CannotJudge
 
 TASKS: dict[str, ModuleType] = {
     "addition": addition,
@@ -75,7 +76,7 @@ def verify(prompt: Prompt, text: str) -> bool:
     """Whether the response `text` solves the problem, by the rule of the task that made the prompt.
 
     Raises:
-        ValueError: the prompt comes from no procedural task.
+        CannotJudge: the prompt comes from no procedural task.
     """
     return _task_of(prompt).verify(prompt, text)
 
@@ -84,7 +85,7 @@ def read(prompt: Prompt, text: str) -> str | None:
     """The answer a response ends with, for counting equal ones; None where there is none.
 
     Raises:
-        ValueError: the prompt comes from no procedural task.
+        CannotJudge: the prompt comes from no procedural task.
     """
     task = _task_of(prompt)
     answer = task.read(text) if hasattr(task, "read") else final_answer(text)
@@ -94,7 +95,7 @@ def read(prompt: Prompt, text: str) -> str | None:
 def _task_of(prompt: Prompt) -> ModuleType:
     name = prompt.columns.get("task")
     if not isinstance(name, str) or not is_task(name):
-        raise ValueError(
+        raise CannotJudge(
             f"prompt {prompt.uid} has no column 'task' that names one of {', '.join(names())}; "
             "the task rule checks procedural tasks only, choose another reward for this set"
         )

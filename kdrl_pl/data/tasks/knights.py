@@ -6,7 +6,7 @@ one's role. The last one speaks of the first, and exactly one seating fits: `KN/
 that C is a knave, C that A is not as C is. The worked response supposes that the first is a knight, goes round, and
 holds what the last one makes of the first against the supposition; if they differ it supposes a knave:
 `KKNN;NNKN#NNK`, after `#` the seating that fits. It can be spoilt on purpose, which makes students with a misconception
-(in the company of a knave all are knaves) and noisy teachers, and written in another style, which makes teachers that
+(an accusation is believed, whoever utters it) and noisy teachers, and written in another style, which makes teachers that
 are far from a student.
 """
 
@@ -25,7 +25,7 @@ STYLES = {  # how the roles are written while going round, in the order they are
 
 
 def generate(
-    rng: random.Random, islanders: int = 7, distrust: float = 0.0, noise: float = 0.0, style: str = "plain"
+    rng: random.Random, islanders: int = 10, hearsay: float = 0.0, noise: float = 0.0, style: str = "plain"
 ) -> tuple[str, dict[str, Any]]:
     """One problem with a single solution: key and row with prompt, answer and worked response.
 
@@ -34,8 +34,8 @@ def generate(
     Args:
         rng: where the problem comes from.
         islanders: how many sit round the table.
-        distrust: probability, per sentence of a knave, that the next one is put down as a knave, whatever it says.
-        noise: probability, per sentence, that the wrong role is put down.
+        hearsay: probability, per "is a knave" of a knave, that it is believed.
+        noise: probability, per sentence, that the wrong role is put down; hearsay comes after it.
         style: of the response: "plain", or "foreign", which supposes a knave first and writes `+` for knights, `-` for
             knaves and `,` between the two tries.
 
@@ -44,7 +44,7 @@ def generate(
     """
     if not isinstance(islanders, int) or not 2 <= islanders <= 100:
         raise ValueError(f"knights: islanders is {islanders!r}; expected a whole number from 2 to 100")
-    for name, value in (("distrust", distrust), ("noise", noise)):
+    for name, value in (("hearsay", hearsay), ("noise", noise)):
         if not 0 <= value <= 1:
             raise ValueError(f"knights: {name} is {value!r}; expected a probability from 0 to 1")
     if style not in STYLES:
@@ -56,7 +56,7 @@ def generate(
     row = {
         "prompt": f"{sentences}:",
         "answer": _work(sentences, 0.0, 0.0, STYLES["plain"], spoiler).partition("#")[2],
-        "response": _work(sentences, distrust, noise, STYLES[style], spoiler),
+        "response": _work(sentences, hearsay, noise, STYLES[style], spoiler),
     }
     return min(sentences[i:] + sentences[:i] for i in range(islanders)), row  # the same table, whoever is named first
 
@@ -69,7 +69,7 @@ def _next_role(speaker: str, sentence: str) -> str:
 
 
 def _work(
-    sentences: str, distrust: float, noise: float, style: tuple[dict[str, str], str], spoiler: random.Random
+    sentences: str, hearsay: float, noise: float, style: tuple[dict[str, str], str], spoiler: random.Random
 ) -> str:
     written, separator = style
     tries = []
@@ -77,10 +77,10 @@ def _work(
         roles = supposed
         for sentence in sentences:
             role = _next_role(roles[-1], sentence)
-            if roles[-1] == "N" and spoiler.random() < distrust:
-                role = "N"
             if spoiler.random() < noise:
                 role = "N" if role == "K" else "K"
+            if roles[-1] == sentence == "N" and spoiler.random() < hearsay:
+                role = "N"
             roles += role
         tries.append("".join(written[role] for role in roles))
         if roles[-1] == supposed:

@@ -76,11 +76,14 @@ def test_sentences_that_leave_two_seatings_or_none_are_drawn_again():
     assert sorted(prompts) == sorted(f"{a}{b}:" for a, b in product("KN=/", repeat=2) if {a, b} & {"=", "/"})
 
 
-def test_a_student_that_always_distrusts():
-    # Knight, knight, and a knave: from there on all are knaves, the first too; then all are, and that fits.
-    assert row_of("KN=K", distrust=1.0)["response"] == "KKNNN;NNNNN#NNNN"
-    assert row_of("KN=K")["response"] == "KKNKK#KKNK"
-    assert row_of("K==K", distrust=1.0)["response"] == "KKKKK#KKKK"  # no knave, nothing to distrust
+def test_a_student_that_believes_every_accusation():
+    # Knight, knight, and a knave whose "is a knave" is believed, though it makes a knight; the next one's untrue "as I
+    # am" makes a knight.
+    assert row_of("KNN=", hearsay=1.0)["response"] == "KKNNK#KKNN"
+    assert row_of("KNN=")["response"] == "KKNKK#KKNK"
+    assert row_of("NK=/", hearsay=1.0)["response"] == "KNNKN;NNNKN#NNNK"  # supposing a knave, it accuses wrongly
+    assert row_of("NK=/")["response"] == "KNNKN;NKKKN#NKKK"
+    assert row_of("KN=", hearsay=1.0)["response"] == "KKNK#KKN"  # a knight's accusation is to be believed
 
 
 def test_noise_in_every_sentence_turns_every_role_round():
@@ -96,18 +99,16 @@ def test_spoilt_so_that_nothing_fits():
         def random(self):
             return draws.pop(0)
 
-    # distrust is drawn for knaves only, then noise; wrong for the last sentence of both tries
-    draws = [0.9, 0.9, 0.0, 0.9, 0.9, 0.9, 0.0]
-    assert knights._work("===", 0.5, 0.5, knights.STYLES["plain"], Spoiler(0)) == "KKKN;NKKN#NKK"
-    draws = [0.9, 0.9, 0.0, 0.9, 0.9, 0.9, 0.9]
-    assert knights._work("===", 0.5, 0.5, knights.STYLES["plain"], Spoiler(0)) == "KKKN;NKKK#"
+    # One draw per sentence; a slip in the last one makes a knave of the first, and supposing a knave a knight.
+    draws = [0.9, 0.9, 0.0, 0.9, 0.9, 0.9]
+    assert knights._work("===", 0.0, 0.5, knights.STYLES["plain"], Spoiler(0)) == "KKKN;NKKK#"
 
 
 def test_spoiling_leaves_prompts_and_answers_alone():
     clean = tasks.make("knights", 300, seed=9)
-    spoilt = tasks.make("knights", 300, seed=9, distrust=0.9, noise=0.1, style="foreign")
+    spoilt = tasks.make("knights", 300, seed=9, hearsay=0.9, noise=0.1, style="foreign")
     assert [(r["prompt"], r["answer"]) for r in clean] == [(r["prompt"], r["answer"]) for r in spoilt]
-    assert spoilt == tasks.make("knights", 300, seed=9, distrust=0.9, noise=0.1, style="foreign")
+    assert spoilt == tasks.make("knights", 300, seed=9, hearsay=0.9, noise=0.1, style="foreign")
 
 
 def test_turning_the_table_makes_no_new_problem():
@@ -122,13 +123,13 @@ def right(rows: list[dict]) -> float:
 
 def test_the_student_and_the_teacher_of_the_testbed_are_as_good_as_they_should_be():
     rows = {"size": 8000, "split": "train"}
-    assert 0.04 < right(tasks.make("knights", **rows, distrust=0.9, noise=0.05)) < 0.06
-    assert 0.77 < right(tasks.make("knights", **rows, noise=0.03)) < 0.81
+    assert 0.18 < right(tasks.make("knights", **rows, hearsay=0.99, noise=0.005)) < 0.22
+    assert 0.78 < right(tasks.make("knights", **rows, noise=0.02)) < 0.82
 
 
 def test_every_character_is_in_the_alphabet():
     for style in knights.STYLES:
-        for row in tasks.make("knights", 300, style=style, distrust=0.5, noise=0.1):
+        for row in tasks.make("knights", 300, style=style, hearsay=0.5, noise=0.1):
             assert set(row["prompt"] + row["response"]) <= set(knights.ALPHABET)
 
 
@@ -154,7 +155,7 @@ def test_correct_iff_the_text_after_the_mark_is_the_seating(text, correct):
 
 
 @pytest.mark.parametrize(
-    "options", [{"islanders": 1}, {"islanders": "3"}, {"distrust": 1.5}, {"noise": -0.1}, {"style": "loud"}]
+    "options", [{"islanders": 1}, {"islanders": "3"}, {"hearsay": 1.5}, {"noise": -0.1}, {"style": "loud"}]
 )
 def test_options_out_of_range(options):
     with pytest.raises(ValueError, match=f"knights: {next(iter(options))} is"):

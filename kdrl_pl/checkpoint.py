@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import pickle
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from lightning.pytorch import Callback
 from kdrl_pl.boundary import rewind_loops
 from kdrl_pl.errors import RunError
 from kdrl_pl.files import replacing, write_json_atomic
+from kdrl_pl.plain_tensors import only_plain
 
 log = logging.getLogger(__name__)
 
@@ -62,37 +60,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             ValueError: it holds anything else.
         """
-        with _plain(path):
+        with only_plain(path):
             where: Any = map_location or "cpu"
             return super().load_checkpoint(path, map_location=where, weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
         Path(path).unlink(missing_ok=True)
         _checksum_path(Path(path)).unlink(missing_ok=True)
-
-
-def load_weights(path: Path) -> dict[str, torch.Tensor]:
-    """The weights in a checkpoint, left on the disk until they are read.
-
-    Raises:
-        ValueError: it holds anything but tensors, numbers and text, or no weights.
-    """
-    with _plain(path):
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if not isinstance(content, dict) or "state_dict" not in content:
-        raise ValueError(f"{path} holds no weights; expected a checkpoint of kdrl fit or kdrl sft")
-    return content["state_dict"]
-
-
-@contextmanager
-def _plain(path: Any) -> Iterator[None]:
-    try:
-        yield
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors, numbers and text, so it is not loaded: it could run code. "
-            "Checkpoints of this library do not"
-        ) from error
 
 
 class Checkpoints(Callback):

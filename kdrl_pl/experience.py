@@ -6,13 +6,14 @@ Notation: B rows, T tokens, H hidden, G rows of a group. Every per-token tensor 
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
+
+from kdrl_pl.plain_tensors import load_plain
 
 # name -> (dtype, number of dimensions); the first block is required, the second is filled in by `KDRLModule.score`.
 _REQUIRED = {
@@ -211,10 +212,7 @@ class Experience:
         Raises:
             ValueError: it is another file, or one that could run code.
         """
-        try:
-            fields = torch.load(path, weights_only=True, map_location="cpu")
-        except (pickle.UnpicklingError, EOFError, RuntimeError) as error:  # the last: a torn zip archive
-            raise ValueError(f"{path} is no stored rollout of tensors and numbers only, so it is not loaded") from error
+        fields = load_plain(path)
         if not isinstance(fields, dict) or not fields.keys() >= _REQUIRED.keys():
             raise ValueError(f"{path} is no stored rollout; expected {', '.join(_REQUIRED)} and more")
         return cls(**fields)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kdrl_pl.checkpoint import load_weights
 from kdrl_pl.models.loading import check_model_path, load_model, load_tokenizer
+from kdrl_pl.plain_tensors import load_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,11 +25,12 @@ def export_checkpoint(checkpoint: Path, student_path: str, output: Path, dtype: 
 
     Raises:
         FileExistsError: `output` holds files.
-        ValueError: the checkpoint's weights are not those of the model.
+        ValueError: the checkpoint's weights are not those of the model, or it holds none, or more than plain values.
     """
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder with --output")
-    state = load_weights(checkpoint)
+    content = load_plain(checkpoint, mmap=True)
+    state = content.get("state_dict", {}) if isinstance(content, dict) else {}
     weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
     if not weights:
         raise ValueError(f"{checkpoint} holds no student; expected a checkpoint of kdrl fit or kdrl sft")

@@ -1,6 +1,7 @@
 """Log-probs from hidden states and output head, a chunk of positions at a time: no (B, T, V) logits in memory.
 
-Each chunk is recomputed in the backward pass, so memory holds one chunk of logits whatever the number of tokens.
+Each chunk is recomputed in the backward pass, so memory holds one chunk of logits whatever the number of tokens. Only
+where all logits together are small are they kept: that saves a quarter of the head's arithmetic.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 256  # positions per chunk; 256 x 152,000 words of fp32 logits are 156 MB
+SMALL_CHUNK = 2**22  # logits (16 MB of fp32) up to which a chunk has more positions: small vocabularies need few chunks
+KEPT = 2**24  # logits (64 MB) up to which they are kept for the backward pass instead of recomputed
 
 
 @dataclass
@@ -100,11 +103,14 @@ def token_scores(
         return token, read(Vocabulary(logprobs, t, of_teacher))
 
     chunks = []
-    parts = hidden.split(CHUNK), tokens.split(CHUNK)
-    of_teacher = [None] * len(parts[0]) if teacher_hidden is None else teacher_hidden.split(CHUNK)
+    words = head.weight.shape[0]
+    size = max(CHUNK, SMALL_CHUNK // words)
+    recompute = torch.is_grad_enabled() and len(tokens) * words > KEPT
+    parts = hidden.split(size), tokens.split(size)
+    of_teacher = [None] * len(parts[0]) if teacher_hidden is None else teacher_hidden.split(size)
     for hidden_part, tokens_part, teacher_part in zip(*parts, of_teacher, strict=True):
         arguments = (hidden_part, head.weight, head.bias, tokens_part, teacher_part)
-        if torch.is_grad_enabled():
+        if recompute:
             chunks.append(checkpoint(score, *arguments, use_reentrant=False, preserve_rng_state=False))
         else:
             chunks.append(score(*arguments))

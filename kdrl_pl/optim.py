@@ -13,7 +13,7 @@ from kdrl_pl.schedules import Schedule
 
 def default_optimizer(params: Any) -> torch.optim.Optimizer:
     """AdamW, learning rate 1e-6, no decay."""
-    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0)
+    return torch.optim.AdamW(params, lr=1e-6, weight_decay=0.0, fused=True)
 
 
 def make_optimizer(make: Callable[[Any], torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import time
@@ -153,6 +152,9 @@ def test_the_newest_is_found_by_rollouts_and_best_by_name(tmp_path):
     assert find_checkpoint(tmp_path, "best").name == "best-1000000.ckpt"
     one = tmp_path / "checkpoints" / "last-999999.ckpt"
     assert find_checkpoint(one) == one
+    with pytest.raises(FileNotFoundError, match=f"no run folder or checkpoint at {tmp_path}/nowhere"):
+        find_checkpoint(tmp_path / "nowhere", "best")
+    (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=f"no best checkpoint in {tmp_path}/empty$"):
         find_checkpoint(tmp_path / "empty", "best")
 
@@ -171,7 +173,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tiny_models, tmp_path):
     assert find_checkpoint(tmp_path / "run") == path  # its checksum is right
     with pytest.raises(ValueError, match=r"last-000001.ckpt holds more than tensors, numbers and text"):
         fit(tmp_path / "run", make_module(*tiny_models), resume=path)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(ValueError, match=r"last-000001.ckpt holds more than tensors, numbers and text"):
         export_checkpoint(path, tiny_models[0], tmp_path / "out")
     assert not target.exists()
     torch.load(path, weights_only=False)

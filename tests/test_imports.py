@@ -25,6 +25,7 @@ FLOORS = {
         "metric_names",
         "metrics",
         "optim",
+        "plain_tensors",
         "records",
         "replay.",
         "resources",

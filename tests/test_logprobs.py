@@ -24,6 +24,8 @@ TRANSFORMS = {
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logprobs, "CHUNK", 4)  # 11 positions are two chunks and a part of one
+    monkeypatch.setattr(logprobs, "SMALL_CHUNK", 0)
+    monkeypatch.setattr(logprobs, "KEPT", 0)
 
 
 def make(n: int, dtype: torch.dtype, width: int = H, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,8 +66,8 @@ def explain(message: str, options: Iterable[str]) -> str:
         )
     if match := re.search(r"unrecognized arguments: (\S+)", message):
         return _unknown(match[1].partition("=")[0], options)
-    if match := re.search(r"(?:Key|Subcommand '\w+' does not accept option) '([^']+)'", message):
-        return _unknown(f"--{match[1]}", options)
+    if match := re.search(r"(?:Key|(?:(Group '\w+)|Subcommand '\w+)' does not accept option) '([^']+)'", message):
+        return _unknown(f"--{f'{match[1][7:]}.' if match[1] else ''}{match[2]}", options)
     if match := re.search(r"the following arguments are required: (.+)", message):
         names = [f"--{name.partition('.')[2]}" for name in match[1].split(", ")]
         return f"these settings are missing: {', '.join(names)}; start from a file with --config, see configs/"

@@ -97,9 +97,10 @@ def _module(config: Mapping[str, Any], run: Path | None, options: argparse.Names
     """The loaded module, and what its student is called."""
     from jsonargparse import ArgumentError, ArgumentParser
 
-    from kdrl_pl.checkpoint import find_checkpoint, load_weights
+    from kdrl_pl.checkpoint import find_checkpoint
     from kdrl_pl.cli.errors import SettingsError, explain
     from kdrl_pl.module import KDRLModule
+    from kdrl_pl.plain_tensors import load_plain
 
     settings = dict(config.get("model") or {})
     if settings.get("teacher") is None:
@@ -119,7 +120,7 @@ def _module(config: Mapping[str, Any], run: Path | None, options: argparse.Names
         raise SettingsError(explain(str(error), parser._option_string_actions)) from None
     module.configure_model()
     if checkpoint is not None:
-        module.load_state_dict(load_weights(checkpoint))
+        module.load_state_dict(load_plain(checkpoint)["state_dict"])
     return module.load(device), checkpoint or settings["student"]
 
 

@@ -87,8 +87,8 @@ class NamedSets(LightningDataModule):
 
     def _check_tokenizer(self, path: str) -> None:
         """Refuse one whose ids mean something else than the student's."""
-        student = self.trainer and getattr(self.trainer.lightning_module, "student_path", None)
-        if student in (None, path):
+        student = getattr(self.trainer.lightning_module, "student_path", None) if self.trainer is not None else None
+        if student is None or student == path:
             return
         if self._tokenizer.get_vocab() != load_tokenizer(student).get_vocab():
             raise ValueError(

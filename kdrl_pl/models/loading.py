@@ -147,8 +147,8 @@ def load_model(
         arguments["attn_implementation"] = attn_implementation
     if not from_scratch and Path(path).is_dir() and not any(Path(path).glob("*.safetensors")):
         raise ValueError(
-            f"{path} holds no *.safetensors; pickled weights could run code and are not loaded: load them where you trust "
-            "them, and save_pretrained writes safetensors"
+            f"{path} holds no *.safetensors; pickled weights could run code and are not loaded: load them where you "
+            "trust them, and save_pretrained writes safetensors"
         )
     with _readable("model", path):
         if from_scratch:

@@ -16,7 +16,7 @@ from kdrl_pl.parallel import gathered_weights
 from kdrl_pl.rollout.decoder import Decoder, forward_arguments
 from kdrl_pl.rollout.engine import Completions
 from kdrl_pl.rollout.sampling import Sampling
-from kdrl_pl.rollout.weights import is_sharded, weights_in
+from kdrl_pl.rollout.weights import cached_autocast, is_sharded, weights_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,7 +101,8 @@ class InProcessEngine:
         stops = [*self._stop_token_ids, *(sampling.stop_token_ids or ())]
         _check_request(student, prompts, group_size, sampling, keys)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        with gathered_weights(student), _evaluating(student), weights_in(student.model, dtype):
+        casts_once = cached_autocast(student.device.type)
+        with gathered_weights(student), _evaluating(student), weights_in(student.model, dtype), casts_once:
             return Decoder(
                 student.model,
                 student.vocab_size,

@@ -1,9 +1,9 @@
-"""A copy of a model's weights in another dtype, standing in for them while it samples."""
+"""Weights in another dtype while a model samples: a copy that stands in for them, or autocast's casts, kept."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -43,3 +43,13 @@ def weights_in(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     finally:
         for module, name, own in replaced:
             setattr(module, name, own)
+
+
+def cached_autocast(device_type: str) -> AbstractContextManager:
+    """Under autocast, one in which every weight is cast once; otherwise nothing.
+
+    Lightning's own casts them anew in every forward pass, and decoding makes one per token.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, dtype=torch.get_autocast_dtype(device_type), cache_enabled=True)

@@ -142,8 +142,10 @@ CASES = {
     "name of a set": (["--data.train", '{"a/b": {"source": "addition", "size": 8}}'], ["'a/b'", "without '/'"]),
     "digits": (["--data.train.addition.options", '{"digits": 0}'], ["digits is 0", "1 to 100"]),
     "size of a task": (["--data.train.addition.size", "null"], ["procedural task; set size"]),
-    "task is exhausted": (["--data.train.addition.options", '{"digits": 1}'] + ["--data.train.addition.size", "999"],
-                          ["size is 999", "lower it"]),  # fmt: skip
+    "task is exhausted": (
+        ["--data.train.addition.options", '{"digits": 1}', "--data.train.addition.size", "999"],
+        ["size is 999", "lower it"],
+    ),
     "run name": (["--run.name", "../up"], ["run.name is '../up'", "plain folder name"]),
     "kept rollouts": (["--run.keep_rollouts", "-5"], ["run.keep_rollouts is -5", "-1 for all"]),
     "no rollouts": (["--run.max_rollouts", "0"], ["run.max_rollouts is 0", "at least 1"]),
@@ -203,8 +205,10 @@ CASES = {
     "no match": (rows("*.nothing"), ["*.nothing' matches no file"]),
     "folder without rows": (rows("run"), ["holds no file with suffix .jsonl"]),
     "suffix": (rows("rows.txt"), ["unknown kind of file", ".jsonl, .json, .csv, .parquet"]),
-    "hub": (["--data.train", "null", "--data.train", '{"rows": {"source": "nobody/nothing"}}'],
-            ["'nobody/nothing' cannot be loaded from the hub", "./nobody/nothing"]),  # fmt: skip
+    "hub": (
+        ["--data.train", "null", "--data.train", '{"rows": {"source": "nobody/nothing"}}'],
+        ["'nobody/nothing' cannot be loaded from the hub", "./nobody/nothing"],
+    ),
     "run root": (["--run.root", "{bad}/rows.jsonl"], ["run.root is {bad}/rows.jsonl", "is a file", "a folder"]),
     "no student": (["--model.student", "nowhere/at/all"], ["no model folder at 'nowhere/at/all'"]),
     "file as student": (["--model.student", "{bad}/rows.jsonl"], ["no model folder at '{bad}/rows.jsonl'"]),
@@ -221,7 +225,7 @@ CASES = {
     "export without config": (["export", "{bad}/bare"], ["no config file '{bad}/bare/config.yaml'"]),
     "export of half a config": (["export", "{bad}/thin"], ["lacks run.name or model.student"]),
     "export over files": (["export", "{bad}/whole", "--output", "{bad}"], ["not empty", "--output"]),
-    "export of no weights": (["export", "{bad}/whole", "--output", "{bad}/exported"], ["holds no weights"]),
+    "export of no weights": (["export", "{bad}/whole", "--output", "{bad}/exported"], ["holds no student"]),
     "no rollouts to replay": (["replay", "{bad}/run"], ["no stored rollouts at {bad}/run", "run.keep_rollouts"]),
     "rows to replay": (["replay", "{bad}/rows.jsonl"], ["no stored rollout", "000123.jsonl"]),
     "no competence": (["--model.distillation.competence.path", "no.jsonl"], ["no file 'no.jsonl'", "kdrl predict"]),
@@ -265,10 +269,21 @@ CASES = {
     "template": (["--data.template.text", "question"], ["'question'; it must hold {prompt}"]),
     "chat": (["--data.template.chat", "true"], ["no chat template", "auto or false"]),
     "no response column": (
-        ["sft", "--config", "configs/sft.yaml", "--model.student", "checkpoints/tiny-student", "--data.val", "null",
-         "--data.train", '{"rows": {"source": "{bad}/rows.jsonl"}}', "--run.root", "{bad}/runs"],
+        [
+            "sft",
+            "--config",
+            "configs/sft.yaml",
+            "--model.student",
+            "checkpoints/tiny-student",
+            "--data.val",
+            "null",
+            "--data.train",
+            '{"rows": {"source": "{bad}/rows.jsonl"}}',
+            "--run.root",
+            "{bad}/runs",
+        ],
         ["row 1: no column 'response'; the row has prompt, answer"],
-    ),  # fmt: skip
+    ),
     # models
     "model without config": (["--model.student", "{bad}/no_config"], ["holds no config.json"]),
     "torn model config": (["--model.student", "{bad}/torn_config"], ["torn_config/config.json", "valid JSON"]),

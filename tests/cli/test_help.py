@@ -11,7 +11,7 @@ from kdrl_pl.__main__ import COMMANDS, main
 from kdrl_pl.cli.lightning import RunCLI
 
 
-class _Built(Exception):
+class _Built(BaseException):
     """The parser is there; nothing needs to be parsed."""
 
 

@@ -1,4 +1,4 @@
-"""Attacks by files of others: configs that name foreign code, checkpoints and models that carry it, names that lead out.
+"""Attacks by files of others: configs that name foreign code, checkpoints and models that carry it, names like ../up.
 
 Every attack would leave the file `owned` behind.
 """
@@ -69,7 +69,10 @@ OVERLAYS = {
     "set": ({"data": {"train": {"addition": POPEN}}}, "--allow-import subprocess"),
     "built-in": ({"rollout": {"reward": class_of("builtins.eval", source="open('owned', 'w')")}}, "builtins"),
     "importer": ({"rollout": {"reward": class_of("importlib.import_module", name="antigravity")}}, "importlib"),
-    "pickle": ({"rollout": {"reward": class_of("torch.load", f="evil.pt", weights_only=False)}}, "--allow-import torch"),
+    "pickle": (
+        {"rollout": {"reward": class_of("torch.load", f="evil.pt", weights_only=False)}},
+        "--allow-import torch",
+    ),
     "unpickler": ({"rollout": {"reward": class_of("pickle.Unpickler", file="evil.pt")}}, "--allow-import pickle"),
     # foreign things under our name and under names that are allowed
     "our os": ({"rollout": {"reward": class_of("kdrl_pl.cli.run.os.system", command="touch owned")}}, "os"),
@@ -83,7 +86,6 @@ OVERLAYS = {
     "importer as function": (function("kdrl_pl.cli.errors.import_module"), "import_module is not among"),
     "function of Lightning": (function("lightning.pytorch.utilities.seed.isolate_rng"), "isolate_rng is not among"),
     "free options": ({"data": {"train": {"addition": {"options": TOUCH}}}}, "--allow-import os"),
-    "free options of a template": ({"data": {"template": {"chat_template_kwargs": POPEN}}}, "--allow-import subprocess"),
     # what only the command line may say
     "allow-import in a config": ({"allow_import": "os"}, "no setting --allow_import"),
     "allow-import as it is typed": ({"allow-import": "os"}, "no setting --allow-import"),
@@ -164,7 +166,9 @@ def test_a_study_cannot_allow_imports(folder):
 
 
 def test_an_allowed_module_does_not_open_what_it_imports(folder, capsys, monkeypatch):
-    (folder / "my_rewards_here.py").write_text("from os import system\nimport os\n\ndef exact(completion): return 1.0\n")
+    (folder / "my_rewards_here.py").write_text(
+        "from os import system\nimport os\n\ndef exact(completion): return 1.0\n"
+    )
     monkeypatch.syspath_prepend(folder)
     for path in ("my_rewards_here.system", "my_rewards_here.os.system"):
         for overlay in ({"rollout": {"reward": class_of(path, command="touch owned")}}, function(path)):
@@ -191,7 +195,9 @@ def save(run: Path, content: object) -> Path:
     return checkpoint
 
 
-@pytest.mark.parametrize("content", [Evil(), {"state_dict": Evil()}, {"state_dict": {"w": torch.zeros(2)}, "x": Evil()}])
+@pytest.mark.parametrize(
+    "content", [Evil(), {"state_dict": Evil()}, {"state_dict": {"w": torch.zeros(2)}, "x": Evil()}]
+)
 def test_a_checkpoint_runs_nothing(content, folder, capsys):
     checkpoint = save(folder / "run", content)
     torch.save({"x": content}, folder / "rollout-000001.pt")
@@ -240,6 +246,12 @@ def test_code_beside_a_known_model_is_not_run(model, folder):
     change(model / "config.json", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
     short = ["--run.max_rollouts", "1", "--model.teacher", "null", "--model.distillation", "null"]
     assert main(["fit", *DEBUG, "--model.student", "model", *short]) == 0
+
+
+def test_what_is_no_setting_of_a_class_stays_data(folder):
+    (folder / "overlay.yaml").write_text(safe_dump({"data": {"template": {"chat_template_kwargs": POPEN}}}))
+    short = ["--run.max_rollouts", "1", "--model.teacher", "null", "--model.distillation", "null"]
+    assert main(["fit", *DEBUG, "--config", "overlay.yaml", *short]) == 0
 
 
 def test_a_chat_template_sees_no_python(model, folder, capsys):

@@ -84,7 +84,7 @@ def test_what_is_missing_is_named(run, tmp_path, capsys):
         "model: {student: checkpoints/tiny-student, teacher: {path: checkpoints/tiny-teacher}, normalizer: x}"
     )
     assert main(["replay", str(stray), "--config", str(alone)]) == 1
-    assert "does not accept option 'normalizer'" in capsys.readouterr().err
+    assert "--model.normalizer; did you mean --model.normaliser?" in capsys.readouterr().err
 
 
 def test_a_run_without_distillation_is_asked_what_it_would_have_been(run, tmp_path, capsys):

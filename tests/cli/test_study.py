@@ -122,9 +122,9 @@ def test_a_dry_run_prints_the_commands_and_leaves_nothing(tmp_path, monkeypatch,
     assert main(["study", "--config", SMOKE, "--dry-run", "--only", "*/grpo/1", "--threads", "2"]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(
-        f"OMP_NUM_THREADS=2 {sys.executable} -m kdrl_pl fit --config configs/quickstart.yaml --config "
+        f"OMP_NUM_THREADS=2 {sys.executable} -m kdrl_pl fit --config=configs/quickstart.yaml --config="
     )
-    assert "--config configs/arms/grpo.yaml --rollout.seed 1 --data.seed 1 --run.root runs/studies/smoke/" in line
+    assert "--config=configs/arms/grpo.yaml --rollout.seed 1 --data.seed 1 --run.root runs/studies/smoke/" in line
     assert list(tmp_path.iterdir()) == []
 
 

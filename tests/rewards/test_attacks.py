@@ -1,7 +1,7 @@
 r"""Known reward hacks score zero: what models wrote, or could write, to be paid without an answer.
 
-Each table is one reward with the prompt it judges. The completions are wrong, whatever they hold besides; that an honest
-one beside them scores shows that the reward is awake. MathReward judges them all in one call.
+Each table is one reward with the prompt it judges. The completions are wrong, whatever they hold besides; that an
+honest one beside them scores shows that the reward is awake. MathReward judges them all in one call.
 """
 
 from __future__ import annotations
@@ -61,10 +61,7 @@ MATH = {  # reference 42
     "infinity as a word": r"\boxed{inf}",
     "zero by zero": r"\boxed{\frac{0}{0}}",
     "something by zero": r"\boxed{\frac{42}{0}}",
-    "giant exponent": r"\boxed{10^{999999999}}",
-    "tower of exponents": r"\boxed{9^{9^{9^{9}}}}",
     "giant scientific": r"\boxed{1e9999}",
-    "giant factorial": r"\boxed{999999!}",
     "giant digits": rf"\boxed{{{'9' * 5000}}}",
     "deep braces": r"\boxed{" + "{" * 900 + "42" + "}" * 900 + "}",
     "deep fractions": r"\boxed{" + r"\frac{1}{" * 200 + "42" + "}" * 200 + "}",
@@ -91,6 +88,12 @@ MATH = {  # reference 42
     "rounded": r"\boxed{42.1}",
     "the other sign": r"\boxed{-42}",
     "thousands in the wrong place": r"\boxed{4,2}",
+}
+
+BOMBS = {  # they take the worker longer than it has
+    "giant exponent": r"\boxed{10^{999999999}}",
+    "tower of exponents": r"\boxed{9^{9^{9^{9}}}}",
+    "giant factorial": r"\boxed{999999!}",
 }
 
 EXACT = {  # reference 0579 after the marker #
@@ -262,6 +265,16 @@ def test_math():
         reward.close()
 
 
+def test_math_that_takes_for_ever():
+    """Nor does a bomb take the honest answer behind it along."""
+    reward = MathReward(workers=1, time_limit=1.0)
+    try:
+        assert scored(reward, BOMBS, "42") == {}
+        assert scored(reward, {"honest": r"\boxed{6 \cdot 7}"}, "42") == {"honest": 1.0}
+    finally:
+        reward.close()
+
+
 def test_math_where_the_reference_is_tempting():
     """Zero, the empty set, an infinity and a word: what a broken box could be taken for."""
     reward = MathReward(time_limit=60.0)
@@ -280,7 +293,14 @@ def test_exact_match():
 
 @pytest.mark.parametrize("reference", ["0579", "b"])
 def test_exact_match_in_a_box(reference):
-    texts = (r"\boxed{}", r"\boxed{ }", rf"\boxed{{{reference}", rf"\boxed{{{reference}}}\boxed{{}}", reference, r"\boxed")
+    texts = (
+        r"\boxed{}",
+        r"\boxed{ }",
+        rf"\boxed{{{reference}",
+        rf"\boxed{{{reference}}}\boxed{{}}",
+        reference,
+        r"\boxed",
+    )
     assert scored(ExactMatch(boxed=True), {text: text for text in texts}, reference) == {}
 
 
@@ -316,13 +336,3 @@ def test_knights():
 def test_format():
     honest = {**FORMAT, "honest": "<think>a</think>\n<answer>b</answer>"}
     assert scored(ThinkAnswerFormat(), honest, None) == {"honest": 1.0}
-
-
-def test_what_follows_the_end_token_is_never_judged(tiny_models):
-    """The sampler stops there; and a text that only looks like the end token is text."""
-    from kdrl_pl.models.loading import load_tokenizer
-
-    tokenizer = load_tokenizer(tiny_models[0])
-    ids = tokenizer("#0579", add_special_tokens=False)["input_ids"]
-    assert tokenizer.eos_token_id not in ids
-    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "#0579"

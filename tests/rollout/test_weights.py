@@ -7,6 +7,7 @@ import torch
 from engine_models import STOP, VOCABULARY, build
 from tiny_run import fit, make_module, make_rollouts, metrics_rows
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdrl_pl.rollout.in_process import InProcessEngine
 from kdrl_pl.rollout.sampling import Sampling
@@ -121,3 +122,28 @@ def test_training_without_importance_weights_is_refused(tiny_models, tmp_path):
         ValueError, match=r"set model\.importance_cap: 2\.0, or rollout\.engine\.init_args\.dtype: null"
     ):
         fit(tmp_path, make_module(*tiny_models), rollouts=rollouts, max_rollouts=1)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of a matrix of one shape."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].shape == self.shape:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_autocast_every_weight_is_cast_once():
+    # Red: once per token, which is what Lightning's autocast without a cache makes of it.
+    student = build()
+    head = student.model.get_output_embeddings().weight
+    assert head.requires_grad
+    for tokens in (2, 12):
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False), Casts(head.shape) as casts:
+            roll(student, None, max_tokens=tokens)
+        assert casts.count == 1
+    assert not torch.is_autocast_enabled("cpu")

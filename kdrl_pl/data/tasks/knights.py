@@ -6,8 +6,8 @@ one's role. The last one speaks of the first, and exactly one seating fits: `KN/
 that C is a knave, C that A is not as C is. The worked response supposes that the first is a knight, goes round, and
 holds what the last one makes of the first against the supposition; if they differ it supposes a knave:
 `KKNN;NNKN#NNK`, after `#` the seating that fits. It can be spoilt on purpose, which makes students with a misconception
-(an accusation is believed, whoever utters it) and noisy teachers, and written in another style, which makes teachers that
-are far from a student.
+(an accusation is believed, whoever utters it) and noisy teachers, and written in another style, which makes teachers
+that are far from a student.
 """
 
 from __future__ import annotations

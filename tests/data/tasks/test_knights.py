@@ -92,6 +92,8 @@ def test_noise_in_every_sentence_turns_every_role_round():
     assert row_of("K/=", noise=1.0)["response"] == "KNKN;NKKN#NKK"
     # B should be a knight, becomes a knave; that makes A a knave, becomes a knight, as supposed.
     assert row_of("=K", noise=1.0)["response"] == "KNK#KN"
+    # Supposing a knave, two accusations by knaves: no slip makes a student doubt what it believes.
+    assert row_of("NN=", noise=1.0, hearsay=1.0)["response"] == "KKKN;NNNN#NNN"
 
 
 def test_spoilt_so_that_nothing_fits():
@@ -123,7 +125,7 @@ def right(rows: list[dict]) -> float:
 
 def test_the_student_and_the_teacher_of_the_testbed_are_as_good_as_they_should_be():
     rows = {"size": 8000, "split": "train"}
-    assert 0.18 < right(tasks.make("knights", **rows, hearsay=0.99, noise=0.005)) < 0.22
+    assert 0.06 < right(tasks.make("knights", **rows, hearsay=0.97, noise=0.1)) < 0.09
     assert 0.78 < right(tasks.make("knights", **rows, noise=0.02)) < 0.82
 
 

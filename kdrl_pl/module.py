@@ -21,11 +21,9 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor
 
-from kdrl_pl.advantages import SCALES
 from kdrl_pl.errors import RunError
 from kdrl_pl.evaluation import Evaluation
 from kdrl_pl.experience import Experience
-from kdrl_pl.identity import check_same
 from kdrl_pl.losses import (
     Distillation,
     LossOutput,
@@ -36,20 +34,21 @@ from kdrl_pl.losses import (
     RewardShaping,
 )
 from kdrl_pl.losses.base import Sums, Term, inside
-from kdrl_pl.losses.weights import NORMALISERS
-from kdrl_pl.losses.whole_update import WholeUpdate, prepare
+from kdrl_pl.losses.whole_update import prepare
 from kdrl_pl.metrics import MetricSums
 from kdrl_pl.models.language_model import LanguageModel
-from kdrl_pl.models.loading import load_tokenizer, stop_ids, tokenizer_fingerprint
+from kdrl_pl.models.loading import load_tokenizer, stop_ids
 from kdrl_pl.models.reference import Reference
-from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.optim import default_optimizer, make_optimizer, set_learning_rate
-from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, world_size
+from kdrl_pl.parallel import all_reduce_sum, world_size
+from kdrl_pl.passes import logprobs_of, pass_rows, shared_prompts
 from kdrl_pl.sampler_check import SamplerCheck
+from kdrl_pl.saved_state import restore, state_of
 from kdrl_pl.schedules import Schedule, as_schedule
 from kdrl_pl.scoring import ask_ahead, fill_in
-from kdrl_pl.sequences import group_batches, micro_batches, update_rows
-from kdrl_pl.stop_cell import CELL, cell_logprobs, stop_cell
+from kdrl_pl.sequences import update_rows
+from kdrl_pl.soundness import refuse_unsound
+from kdrl_pl.stop_cell import stop_cell
 from kdrl_pl.teacher import FrozenTeacher
 from kdrl_pl.updates import run_update
 
@@ -128,48 +127,24 @@ class KDRLModule(LightningModule):
         slots: dict[str, Term | None] = {"pg": policy_gradient, "kd": distillation, **(terms or {})}
         self.objective = Objective({name: term for name, term in slots.items() if term is not None}, importance_cap)
         self.distillation, self.reward_shaping, self.teacher = distillation, reward_shaping, teacher
-        _refuse(normaliser not in NORMALISERS, f"normaliser is {normaliser!r}; expected {', '.join(NORMALISERS)}")
-        _refuse(advantage_scale not in SCALES, f"advantage_scale is {advantage_scale!r}; expected {', '.join(SCALES)}")
-        for setting, value in (
-            ("epochs_per_rollout", epochs_per_rollout),
-            ("groups_per_update", groups_per_update),
-            ("max_tokens_per_micro_batch", max_tokens_per_micro_batch),
-            ("max_skipped_steps", max_skipped_steps),
-        ):
-            _refuse(value is not None and value < 1, f"model.{setting} is {value}; expected at least 1")
-        _refuse(not 0 <= advantage_eps < 1, f"advantage_eps is {advantage_eps}; expected a small number such as 1e-6")
-        _refuse(
-            gradient_clip is not None and not gradient_clip > 0,
-            f"gradient_clip is {gradient_clip}; expected a positive norm, or null for none",
+        refuse_unsound(
+            self.objective,
+            teacher=teacher,
+            policy_gradient=policy_gradient,
+            distillation=distillation,
+            reward_shaping=reward_shaping,
+            normaliser=normaliser,
+            advantage_scale=advantage_scale,
+            advantage_eps=advantage_eps,
+            epochs_per_rollout=epochs_per_rollout,
+            groups_per_update=groups_per_update,
+            gradient_clip=gradient_clip,
+            max_tokens_per_micro_batch=max_tokens_per_micro_batch,
+            max_skipped_steps=max_skipped_steps,
+            overlong_filter=overlong_filter,
         )
-        _refuse(
-            reward_shaping is not None and distillation is not None,
-            "reward_shaping and distillation both bring in the teacher; set model.distillation: null for the ablation",
-        )
-        modulated = policy_gradient is not None and policy_gradient.modulation is not None
-        _refuse(
-            reward_shaping is not None and modulated,
-            "reward_shaping and policy_gradient.modulation both put the teacher into the advantages; set one to null",
-        )
-        _refuse(
-            teacher is None and self.needs_teacher,
-            "distillation needs a teacher: set model.teacher.path, or model.distillation: null for plain GRPO "
-            "(likewise model.reward_shaping and model.policy_gradient.modulation)",
-        )
-        whole = [name for name, term in self.objective.terms.items() if isinstance(term, WholeUpdate)]
-        _refuse(len(whole) > 1, f"{' and '.join(whole)} each look at all rows of an update; keep one of them")
-        references = [term for term in self.objective.terms.values() if isinstance(term, ReferenceKL)]
-        _refuse(len(references) > 1, f"{len(references)} terms are a ReferenceKL; there is one reference, keep one")
-        only = policy_gradient.only_normaliser if policy_gradient is not None else None
-        _refuse(
-            only not in (None, normaliser),
-            f"normaliser is {normaliser!r}, and {type(policy_gradient).__name__} adds up to its paper's objective only "
-            f"under {only!r}; set model.normaliser: {only}",
-        )
-        _refuse(
-            overlong_filter and distillation is not None and distillation.mask == "negative_advantage",
-            "overlong_filter sets advantages of truncated responses to 0, which mask negative_advantage would take for "
-            "a verdict; set model.distillation.mask: response, or model.overlong_filter: false",
+        self.reference_kl = next(
+            (term for term in self.objective.terms.values() if isinstance(term, ReferenceKL)), None
         )
         self.student_path = student
         self.normaliser, self.advantage_scale, self.advantage_eps = normaliser, advantage_scale, advantage_eps
@@ -180,8 +155,7 @@ class KDRLModule(LightningModule):
         self.gradient_clip, self.max_tokens_per_micro_batch = gradient_clip, max_tokens_per_micro_batch
         self.dtype_name, self.attn_implementation = dtype, attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.reference_kl = references[0] if references else None
-        self.reference = Reference(student, dtype, attn_implementation) if references else None
+        self.reference = Reference(student, dtype, attn_implementation) if self.reference_kl is not None else None
         self.max_skipped_steps, self.evaluate_kl = max_skipped_steps, evaluate_kl
         self.student: LanguageModel | None = None
         self.rollouts_done = 0
@@ -323,7 +297,7 @@ class KDRLModule(LightningModule):
             read=self.objective.reader(rollout, of_teacher is not None, experience.stop_cell),
             teacher_hidden=of_teacher,
             teacher_head=None if of_teacher is None else self.teacher.head(),
-            shared=_shared_prompts(experience),
+            shared=shared_prompts(experience),
         )
         return PolicyOutput(scores.logprobs, scores.readings)
 
@@ -338,29 +312,13 @@ class KDRLModule(LightningModule):
             model: a copy of the student to be asked instead of it.
             of_cells: at stop tokens those of their cell, as the teacher's are.
         """
-        stops = experience.stop_cell if of_cells else ()
-        read = (lambda vocabulary: {CELL: cell_logprobs(vocabulary, stops)}) if stops else None
-        logprobs = torch.zeros(experience.input_ids.shape, dtype=torch.float32, device=experience.device)
-        for rows in self.micro_batch_rows(experience):
-            rows = rows or [0]  # an idle rank keeps in step with the others
-            part = experience[rows]
-            ids, mask, width = part.input_ids, part.response_mask, part.input_ids.shape[1]
-            asked = self.student if model is None else model
-            scores = asked.token_logprobs(ids, mask, part.temperature, read=read, shared=_shared_prompts(part))
-            logprobs[rows, :width] = scores.readings.get(CELL, scores.logprobs).float()
-        return logprobs
+        return logprobs_of(
+            self.student if model is None else model, experience, self.micro_batch_rows(experience), of_cells
+        )
 
     def micro_batch_rows(self, experience: Experience) -> list[list[int]]:
         """Row numbers per forward pass, as many passes on every rank: idle ranks get empty ones at the end."""
-        prompts, responses = experience.prompt_lengths.tolist(), experience.response_lengths.tolist()
-        if experience.share_prompts:
-            batches = group_batches(prompts, responses, experience.group.tolist(), self.max_tokens_per_micro_batch)
-        else:
-            batches = micro_batches(
-                [p + r for p, r in zip(prompts, responses, strict=True)], self.max_tokens_per_micro_batch
-            )
-        passes = all_reduce_max(len(batches), self.device)
-        return batches + [[]] * (passes - len(batches))
+        return pass_rows(experience, self.max_tokens_per_micro_batch)
 
     # ---- training ----------------------------------------------------------------------------------------------
 
@@ -401,7 +359,7 @@ class KDRLModule(LightningModule):
                 self.optimizers().state.clear()
             log.info("the reference is the student after rollout %d", rollout)
 
-    def _schedules(self) -> dict[str, Schedule]:
+    def schedules(self) -> dict[str, Schedule]:
         """Every coefficient of the run by its name."""
         schedules = {name: term.coef for name, term in self.objective.terms.items()}
         if self.reward_shaping is not None:
@@ -410,7 +368,7 @@ class KDRLModule(LightningModule):
 
     def _observe(self) -> None:
         """Tell the schedules what was logged; one that stands in two places hears it once."""
-        for schedule in {id(s): s for s in self._schedules().values()}.values():
+        for schedule in {id(s): s for s in self.schedules().values()}.values():
             schedule.observe(self.logged)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -461,16 +419,7 @@ class KDRLModule(LightningModule):
                 f"a checkpoint was asked for in the middle of the updates of rollout {self.rollouts_done}; save in "
                 "on_train_batch_end or later"
             )
-        checkpoint["kdrl"] = {
-            "rollouts_done": self.rollouts_done,
-            "skipped_steps": self.skipped_steps,
-            "skipped_in_a_row": self.skipped_in_a_row,
-            "sampled_tokens": self.sampled_tokens,
-            "schedules": {name: schedule.state_dict() for name, schedule in self._schedules().items()},
-            "reference": None if self.reference is None else self.reference.state_dict(),
-            "teacher": self.teacher.fingerprint() if self.needs_teacher else None,
-            "tokenizer": tokenizer_fingerprint(self.student_path),
-        }
+        checkpoint["kdrl"] = state_of(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint stands.
@@ -478,28 +427,4 @@ class KDRLModule(LightningModule):
         Raises:
             ValueError: it was trained with another tokenizer or under another teacher, and `resume_anyway` is not set.
         """
-        state = checkpoint["kdrl"]
-        self.rollouts_done, self.sampled_tokens = state["rollouts_done"], state["sampled_tokens"]
-        self.skipped_steps, self.skipped_in_a_row = state["skipped_steps"], state["skipped_in_a_row"]
-        for name, schedule in self._schedules().items():
-            learnt = state["schedules"].get(name, {})
-            if learnt.keys() == schedule.state_dict().keys():  # else another kind was put in its place: it starts anew
-                schedule.load_state_dict(learnt)
-        if self.trainer.state.fn == "fit":
-            if self.reference is not None:
-                self.reference.load_state_dict(state["reference"])
-            tokenizer = tokenizer_fingerprint(self.student_path)
-            cure = "use the same model.student, or start a new run"
-            check_same("with tokenizer", state["tokenizer"], tokenizer, cure, self.resume_anyway)
-            teacher = self.teacher.fingerprint() if self.needs_teacher else None
-            cure = "use the same teacher (path and precision), or start a new run from the exported student"
-            check_same("under teacher", state["teacher"], teacher, cure, self.resume_anyway)
-
-
-def _shared_prompts(experience: Experience) -> SharedPrompts | None:
-    return SharedPrompts(experience.group, experience.prompt_lengths) if experience.share_prompts else None
-
-
-def _refuse(condition: bool, message: str) -> None:
-    if condition:
-        raise ValueError(message)
+        restore(self, checkpoint["kdrl"])

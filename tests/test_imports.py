@@ -45,12 +45,15 @@ FLOORS = {
         "data.datamodule",
         "data.sft",
         "module",
+        "passes",
         "preemption",
         "progress",
         "rank_watch",
         "rollout.callback",
         "run_folder",
+        "saved_state",
         "scoring",
+        "soundness",
         "sft",
         "updates",
     ],
@@ -58,7 +61,11 @@ FLOORS = {
 }
 ORDER = list(FLOORS)
 # A neighbour of the lightning floor meets the others in the batch and on the Trainer; these are parts of one thing.
-PARTS = {("module", "scoring"), ("module", "updates"), ("data.datamodule", "data.base"), ("data.sft", "data.base")}
+PARTS = {
+    *(("module", part) for part in ("passes", "saved_state", "scoring", "soundness", "updates")),
+    ("data.datamodule", "data.base"),
+    ("data.sft", "data.base"),
+}
 # Inside functions only: tasks check their own answers, math-verify judges in a worker process.
 LATER = {("rewards.task", "data.tasks"), ("rewards.math_worker", "math_verify"), ("rewards.math_worker", "sympy")}
 # files that derive from a class of a heavy package: imported by others inside functions only

@@ -87,7 +87,7 @@ def state(folder, module, trainer):
     return {
         "weights": weights_of(module),
         "optimizer": trainer.optimizers[0].state_dict(),
-        "schedules": {name: schedule.state_dict() for name, schedule in module._schedules().items()},
+        "schedules": {name: schedule.state_dict() for name, schedule in module.schedules().items()},
         "counters": (module.rollouts_done, module.sampled_tokens, module.skipped_steps, trainer.global_step),
         "pass rates": trainer.datamodule.state_dict().get("pass_rates"),
         "metrics": metrics_rows(folder),

@@ -88,8 +88,8 @@ def kd_rows(mask: str, experience: Experience) -> Tensor:
 def thinning(advantages: Tensor, group: Tensor, share: float) -> Tensor:
     """(B,) float32 factor on the distillation weights where groups without signal distil only some of their rows.
 
-    Such a group keeps its first `ceil(share * G)` rows, weighted by G over their number; the others get 0. Its rows were
-    drawn alike and rewarded alike, so the first few are a fair sample: the expected gradient stays.
+    Such a group keeps its first `ceil(share * G)` rows, weighted by G over their number; the others get 0. Its rows
+    were drawn alike and rewarded alike, so the first few are a fair sample: the expected gradient stays.
 
     Args:
         advantages: (B,) float.

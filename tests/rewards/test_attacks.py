@@ -207,7 +207,7 @@ COUNTDOWN = {  # 3,5,7=22: every number once
     "an exponent": "3e0*5+7",
 }
 
-KNIGHTS = {  # B=N,A/C,A>B: the answer is one of eight
+KNIGHTS = {  # KN/: the answer is one of eight
     "nothing": "",
     "the marker alone": "#",
     "all assignments": "#NNNNNKNKNNKKKNNKNKKKNKKK",
@@ -327,10 +327,10 @@ def test_countdown():
 
 
 def test_knights():
-    answer = "KNN"
+    answer = "NNK"
     texts = {name: text.format(answer=answer, small=answer.lower()) for name, text in KNIGHTS.items()}
-    honest = {**texts, "honest": f"NNNT;#{answer}"}
-    assert scored(TaskReward(), honest, answer, prompt="B=N,A/C,A>B:", task="knights") == {"honest": 1.0}
+    honest = {**texts, "honest": f"KKNN;NNKN#{answer}"}
+    assert scored(TaskReward(), honest, answer, prompt="KN/:", task="knights") == {"honest": 1.0}
 
 
 def test_format():

@@ -13,8 +13,8 @@ from kdrl_pl.data import tasks
 from kdrl_pl.data.readers import SUFFIXES, FileRow, arrow_rows, read_file
 from kdrl_pl.data.template import Template
 
-# A `datasets.Dataset`. Not named as such even for type checkers: the parser runs the imports under TYPE_CHECKING of every
-# module that holds a config class, and this one takes a second.
+# A `datasets.Dataset`. Not named as such even for type checkers: the parser runs the imports under TYPE_CHECKING of
+# every module that holds a config class, and this one takes a second.
 Dataset = Any
 Kind = Literal["task", "files", "folder", "saved", "hub"]
 _HAS_SUFFIX = re.compile(r"\.[A-Za-z]{2,8}$")  # ".jsonl", but not the ".5" or ".v2" of a version
@@ -35,9 +35,9 @@ class SourceConfig:
 
     Args:
         source: where the rows come from. A procedural task ("addition", "countdown", "knights",
-            "word_problems", "reasoning_gym:<task>"); a file or glob with suffix .jsonl, .json, .csv or .parquet; a folder of such files
-            or one written by `save_to_disk` ("./folder", "/folder" or "~/folder"); else a hub name "owner/name".
-            Whatever has a file suffix or starts with ".", "/" or "~" is a path and must exist.
+            "word_problems", "reasoning_gym:<task>"); a file or glob with suffix .jsonl, .json, .csv or .parquet; a
+            folder of such files or one written by `save_to_disk` ("./folder", "/folder" or "~/folder"); else a hub name
+            "owner/name". Whatever has a file suffix or starts with ".", "/" or "~" is a path and must exist.
         split: of a hub data set or saved folder; in a folder of files the word in the file names ("train"); of a task
             "train", "val", "test" (disjoint by construction) or "all", by default that of the section.
         subset: configuration of a hub data set, or sub-folder of a folder of files.

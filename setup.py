@@ -10,7 +10,7 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 HERE = Path(__file__).parent
-PACKAGED = ("configs", "checkpoints/tiny-student", "checkpoints/tiny-teacher", "checkpoints/testbeds")
+PACKAGED = ("configs", "checkpoints/testbeds")
 
 
 class BuildWithPackaged(build_py):

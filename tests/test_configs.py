@@ -12,7 +12,7 @@ from kdrl_pl import Distillation, KDRLModule, PolicyGradient
 from kdrl_pl.__main__ import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-SFT = [CONFIGS / "sft.yaml", *sorted(CONFIGS.glob("tiny/*.yaml"))]
+SFT = [CONFIGS / "sft.yaml"]
 COMPLETE = [CONFIGS / name for name in ("quickstart.yaml", "kdrl.yaml", "debug.yaml")]
 STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
 TESTBEDS = [CONFIGS / f"testbeds/{name}.yaml" for name in ("arithmetic", "knights")]

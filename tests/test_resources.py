@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[1]
 def test_what_comes_with_the_library_is_found_from_an_empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert Path(find("configs/quickstart.yaml")) == ROOT / "configs/quickstart.yaml"
-    assert Path(check_model_path("checkpoints/tiny-student")) == ROOT / "checkpoints/tiny-student"
+    student = "checkpoints/testbeds/arithmetic/student"
+    assert Path(check_model_path(student)) == ROOT / student
 
 
 def test_the_working_directory_comes_first(tmp_path, monkeypatch):

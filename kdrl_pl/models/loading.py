@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def check_model_path(path: str) -> str:
     """`path`, once it is sure that it names a folder with a model or can be a name on the hub.
 
-    A model that comes with the library ("checkpoints/tiny-student") is found from any working directory.
+    A model that comes with the library ("checkpoints/testbeds/...") is found from any working directory.
 
     Raises:
         FileNotFoundError: it looks like a folder and is none, or the folder holds no config.json. Without this check a

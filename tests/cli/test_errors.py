@@ -274,7 +274,7 @@ CASES = {
             "--config",
             "configs/sft.yaml",
             "--model.student",
-            "checkpoints/tiny-student",
+            "checkpoints/testbeds/arithmetic/student",
             "--data.val",
             "null",
             "--data.train",
@@ -305,7 +305,7 @@ CASES = {
         ["--data.tokenizer", "{bad}/other_tokenizer"],
         ["other token ids than the student", "set data.tokenizer: null"],
     ),
-    "attention": (["--model.attn_implementation", "fast"], ["tiny-student cannot be loaded", "sdpa"]),
+    "attention": (["--model.attn_implementation", "fast"], ["arithmetic/student cannot be loaded", "sdpa"]),
     # studies
     "no study": ([*STUDY_COMMAND, "nowhere.yaml"], ["no study 'nowhere.yaml'"]),
     "study of nothing": (["study"], ["required: --config"]),
@@ -328,9 +328,9 @@ def bad(tmp_path_factory) -> Path:
     for name, content in FILES.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     for name in ("no_config", "torn_config", "unknown_kind", "torn_weights", "no_weights", "no_tokenizer"):
-        shutil.copytree(ROOT / "checkpoints/tiny-student", folder / name)
+        shutil.copytree(ROOT / "checkpoints/testbeds/arithmetic/student", folder / name)
     for name in ("torn_tokenizer", "wide_tokenizer", "other_tokenizer"):
-        shutil.copytree(ROOT / "checkpoints/tiny-student", folder / name)
+        shutil.copytree(ROOT / "checkpoints/testbeds/arithmetic/student", folder / name)
     (folder / "no_config/config.json").unlink()
     (folder / "torn_config/config.json").write_text("{")
     config = (folder / "unknown_kind/config.json").read_text()

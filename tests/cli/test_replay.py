@@ -53,10 +53,10 @@ def test_another_student_and_a_file_of_tensors(run, tmp_path, capsys):
     dump = run / "nonfinite/rollout-000000.pt"
     load_rollout([run / "rollouts/000000.jsonl"], 1.0, 32)[1].save(dump)
     output = tmp_path / "replay.json"
-    first = ["replay", str(dump), "--student", "checkpoints/tiny-student", "--estimators", "k2", "--masks", "none"]
+    first = ["replay", str(dump), "--student", "checkpoints/testbeds/arithmetic/student", "--estimators", "k2", "--masks", "none"]
     assert main([*first, "--coef", "0.1", "1", "--output", str(output)]) == 0
     report = json.loads(output.read_text())
-    assert report["student"] == "checkpoints/tiny-student"
+    assert report["student"] == "checkpoints/testbeds/arithmetic/student"
     (entry,) = report["rollouts"]
     assert [row["coef"] for row in entry["rows"]] == [None, None, 0.1, 0.1, 1.0, 1.0]
     metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -77,11 +77,11 @@ def test_what_is_missing_is_named(run, tmp_path, capsys):
     assert main(["replay", str(stray)]) == 1
     assert "lie in no run folder with a config.yaml; name student and teacher with --config" in capsys.readouterr().err
     alone = tmp_path / "grpo.yaml"
-    alone.write_text("model: {student: checkpoints/tiny-student, distillation: null}")
+    alone.write_text("model: {student: checkpoints/testbeds/arithmetic/student, distillation: null}")
     assert main(["replay", str(stray), "--config", str(alone)]) == 1
     assert "no teacher to compare with; name one: --config FILE with model.teacher.path" in capsys.readouterr().err
     alone.write_text(
-        "model: {student: checkpoints/tiny-student, teacher: {path: checkpoints/tiny-teacher}, normalizer: x}"
+        "model: {student: checkpoints/testbeds/arithmetic/student, teacher: {path: checkpoints/testbeds/arithmetic/teacher}, normalizer: x}"
     )
     assert main(["replay", str(stray), "--config", str(alone)]) == 1
     assert "--model.normalizer; did you mean --model.normaliser?" in capsys.readouterr().err

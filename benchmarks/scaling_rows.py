@@ -46,7 +46,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default="16,32,64,128,256", help="numbers of rows, multiples of 8, comma between")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--budget", type=int, default=1 << 20, help="tokens of a micro-batch; by default all in one")
+    parser.add_argument(
+        "--budget", type=int, default=8192, help="tokens of a micro-batch; the default is the library's"
+    )
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--miniature", action="store_true", help="tiny sizes, to see that it works")
     parser.add_argument("--json", help=argparse.SUPPRESS)

@@ -1,7 +1,7 @@
 """Log-probs from hidden states and output head, a chunk of positions at a time: no (B, T, V) logits in memory.
 
-Each chunk is recomputed in the backward pass, so memory holds one chunk of logits whatever the number of tokens. Only
-where all logits together are small are they kept: that saves a quarter of the head's arithmetic.
+Each chunk is recomputed in the backward pass, so memory holds one chunk of logits, whatever the number of tokens and the
+size of the vocabulary. Where one chunk is enough it is kept: that saves a quarter of the head's arithmetic.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256  # positions per chunk; 256 x 152,000 words of fp32 logits are 156 MB
-SMALL_CHUNK = 2**22  # logits (16 MB of fp32) up to which a chunk has more positions: small vocabularies need few chunks
-KEPT = 2**24  # logits (64 MB) up to which they are kept for the backward pass instead of recomputed
+CHUNK = 2**24  # logits per chunk, 64 MB of fp32: 110 positions over 152,000 words
 
 
 @dataclass
@@ -104,8 +102,8 @@ def token_scores(
 
     chunks = []
     words = head.weight.shape[0]
-    size = max(CHUNK, SMALL_CHUNK // words)
-    recompute = torch.is_grad_enabled() and len(tokens) * words > KEPT
+    size = max(CHUNK // words, 1)
+    recompute = torch.is_grad_enabled() and len(tokens) > size
     parts = hidden.split(size), tokens.split(size)
     of_teacher = [None] * len(parts[0]) if teacher_hidden is None else teacher_hidden.split(size)
     for hidden_part, tokens_part, teacher_part in zip(*parts, of_teacher, strict=True):

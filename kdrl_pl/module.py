@@ -115,7 +115,7 @@ class KDRLModule(LightningModule):
         optimizer: OptimizerCallable = default_optimizer,
         lr_schedule: Schedule | float = 1.0,
         gradient_clip: float | None = 1.0,
-        max_tokens_per_micro_batch: int = 16384,
+        max_tokens_per_micro_batch: int = 8192,
         dtype: str = "float32",
         attn_implementation: str | None = None,
         gradient_checkpointing: bool = False,

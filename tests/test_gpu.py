@@ -15,7 +15,10 @@ from kdrl_pl.module import KDRLModule
 from kdrl_pl.teacher import FrozenTeacher
 
 ROOT = Path(__file__).resolve().parents[1]
-STUDENT, TEACHER = str(ROOT / "checkpoints/testbeds/arithmetic/student"), str(ROOT / "checkpoints/testbeds/arithmetic/teacher")
+STUDENT, TEACHER = (
+    str(ROOT / "checkpoints/testbeds/arithmetic/student"),
+    str(ROOT / "checkpoints/testbeds/arithmetic/teacher"),
+)
 
 pytestmark = pytest.mark.gpu
 

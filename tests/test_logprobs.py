@@ -23,9 +23,7 @@ TRANSFORMS = {
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs, "CHUNK", 4)  # 11 positions are two chunks and a part of one
-    monkeypatch.setattr(logprobs, "SMALL_CHUNK", 0)
-    monkeypatch.setattr(logprobs, "KEPT", 0)
+    monkeypatch.setattr(logprobs, "CHUNK", 4 * V)  # 11 positions are two chunks and a part of one
 
 
 def make(n: int, dtype: torch.dtype, width: int = H, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,9 +170,10 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("with_divergence", [False, True], ids=["token", "divergence"])
-def test_memory_holds_one_chunk_of_logits(with_divergence: bool) -> None:
+def test_memory_holds_one_chunk_of_logits(with_divergence: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # Red: logits of all positions at once, forward or backward; or a chunk's logits kept for its backward pass.
     n, vocabulary, width = 64, 500, 2
+    monkeypatch.setattr(logprobs, "CHUNK", 4 * vocabulary)
     hidden = torch.randn(n, width, requires_grad=True)
     weight = torch.randn(vocabulary, width, requires_grad=True)
     teacher = (torch.randn(n, width), Head(torch.randn(vocabulary, width))) if with_divergence else (None, None)

@@ -13,6 +13,4 @@ def test_shares_add_up_to_the_step() -> None:
         "perf/rollout_tokens_per_s": 12345.6,
         "perf/update_tokens_per_s": 800.0,
     }
-    assert shares(metrics, 5.0) == (
-        "rollout 40% (12,346 tokens/s), teacher 20%, update 10% (800 tokens/s), other 30%"
-    )
+    assert shares(metrics, 5.0) == ("rollout 40% (12,346 tokens/s), teacher 20%, update 10% (800 tokens/s), other 30%")

@@ -284,7 +284,10 @@ def test_resume_auto_takes_the_newest_run_that_has_a_checkpoint(tmp_path):
 
 
 QUICK = """
-model: {student: checkpoints/testbeds/arithmetic/student, teacher: {path: checkpoints/testbeds/arithmetic/teacher}, normaliser: token}
+model:
+  student: checkpoints/testbeds/arithmetic/student
+  teacher: {path: checkpoints/testbeds/arithmetic/teacher}
+  normaliser: token
 data:
   prompts_per_rollout: 4
   train: {addition: {source: addition, size: 12, options: {digits: 2}}}

@@ -46,5 +46,5 @@ def test_settings_are_parsed_without_loading_data_sets():
         "from kdrl_pl.__main__ import main; main(['fit', '--config', 'configs/quickstart.yaml', '--print_config'])"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "max_rollouts: 240" in ran.stdout
+    assert "max_rollouts: 120" in ran.stdout
     assert ran.stderr.endswith("set()\n")

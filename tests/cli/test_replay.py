@@ -53,7 +53,16 @@ def test_another_student_and_a_file_of_tensors(run, tmp_path, capsys):
     dump = run / "nonfinite/rollout-000000.pt"
     load_rollout([run / "rollouts/000000.jsonl"], 1.0, 32)[1].save(dump)
     output = tmp_path / "replay.json"
-    first = ["replay", str(dump), "--student", "checkpoints/testbeds/arithmetic/student", "--estimators", "k2", "--masks", "none"]
+    first = [
+        "replay",
+        str(dump),
+        "--student",
+        "checkpoints/testbeds/arithmetic/student",
+        "--estimators",
+        "k2",
+        "--masks",
+        "none",
+    ]
     assert main([*first, "--coef", "0.1", "1", "--output", str(output)]) == 0
     report = json.loads(output.read_text())
     assert report["student"] == "checkpoints/testbeds/arithmetic/student"

@@ -120,7 +120,10 @@ def test_a_second_sigint_ends_a_hanging_run_at_once(tiny_models, tmp_path):
 
 
 CONFIG = """
-model: {student: checkpoints/testbeds/arithmetic/student, teacher: {path: checkpoints/testbeds/arithmetic/teacher}, normaliser: token}
+model:
+  student: checkpoints/testbeds/arithmetic/student
+  teacher: {path: checkpoints/testbeds/arithmetic/teacher}
+  normaliser: token
 data:
   prompts_per_rollout: 4
   train: {addition: {source: addition, size: 12, options: {digits: 2}}}

@@ -1,7 +1,7 @@
 """Log-probs from hidden states and output head, a chunk of positions at a time: no (B, T, V) logits in memory.
 
-Each chunk is recomputed in the backward pass, so memory holds one chunk of logits, whatever the number of tokens and the
-size of the vocabulary. Where one chunk is enough it is kept: that saves a quarter of the head's arithmetic.
+Each chunk is recomputed in the backward pass, so memory holds one chunk of logits, whatever the number of tokens and
+the size of the vocabulary. Where one chunk is enough it is kept: that saves a quarter of the head's arithmetic.
 """
 
 from __future__ import annotations

@@ -90,7 +90,8 @@ def test_what_is_missing_is_named(run, tmp_path, capsys):
     assert main(["replay", str(stray), "--config", str(alone)]) == 1
     assert "no teacher to compare with; name one: --config FILE with model.teacher.path" in capsys.readouterr().err
     alone.write_text(
-        "model: {student: checkpoints/testbeds/arithmetic/student, teacher: {path: checkpoints/testbeds/arithmetic/teacher}, normalizer: x}"
+        "model: {student: checkpoints/testbeds/arithmetic/student, "
+        "teacher: {path: checkpoints/testbeds/arithmetic/teacher}, normalizer: x}"
     )
     assert main(["replay", str(stray), "--config", str(alone)]) == 1
     assert "--model.normalizer; did you mean --model.normaliser?" in capsys.readouterr().err

@@ -73,9 +73,13 @@ def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int
 
 def _share_prompts(module: KDRLModule, experience: Experience) -> bool:
     """The same on every rank, so that all make the same forward passes."""
-    lengths = experience.prompt_lengths.tolist(), experience.response_lengths.tolist()
-    pays = sharing_pays(*lengths, experience.group.tolist(), module.max_tokens_per_micro_batch)
-    return bool(all_reduce_max(int(pays and module.student.shares_prompts), experience.device))
+    pays = module.student.shares_prompts and sharing_pays(
+        experience.prompt_lengths.tolist(),
+        experience.response_lengths.tolist(),
+        experience.group.tolist(),
+        module.max_tokens_per_micro_batch,
+    )
+    return bool(all_reduce_max(int(pays), experience.device))
 
 
 def _active_distillation(module: KDRLModule, rollout: int) -> Distillation | None:

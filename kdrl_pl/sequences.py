@@ -98,8 +98,9 @@ def cut(blocks: Sequence[Block], max_tokens: int) -> list[list[Block]]:
     rows = torch.tensor([len(block.rows) for block in blocks])
     best, end = torch.zeros(n + 1, dtype=torch.int64), [n] * n  # cost of blocks i ... n-1; where their first pass ends
     for i in range(n - 1, -1, -1):
-        widest = prompt[i:].cummax(0).values * torch.arange(1, n - i + 1)
-        tokens = widest + rows[i:].cumsum(0) * blocks[i].width  # (n - i,) of a pass over blocks i ... i+k
+        until = min(i + max(max_tokens // max(blocks[i].width, 1), 1), n)  # no pass from i holds more blocks
+        widest = prompt[i:until].cummax(0).values * torch.arange(1, until - i + 1)
+        tokens = widest + rows[i:until].cumsum(0) * blocks[i].width  # (until - i,) of a pass over blocks i ... i+k
         fitting = max(int((tokens <= max_tokens).sum()), 1)  # tokens rise with k; a block goes alone whatever its size
         cost = tokens[:fitting] + PASS_TOKENS + best[i + 1 : i + 1 + fitting]
         longest = fitting - 1 - int(cost.flip(0).argmin())  # of equal cuts the one with the fullest first pass

@@ -36,6 +36,7 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
     optimizer, rollout = module.optimizers(), batch.rollout
     sums.merge(module.prepare(rows, rollout, rows.old_logprobs if is_first else None))
     movable = rows[module.objective.active(rows, rollout)]  # no term can move the others; they are in the weights
+    sums.add("perf/update_tokens_per_s", float(movable.attention_mask.sum()), 0.0)
     passes = module.micro_batch_rows(movable)
     is_finite = torch.ones((), dtype=torch.bool, device=module.device)
     for number, index in enumerate(passes):

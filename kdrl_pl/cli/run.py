@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ from kdrl_pl.text import printable
 # What a wrong setting, path or row raises. Anything else is a bug and keeps its traceback.
 USER_ERRORS = (RunError, ValueError, OSError)
 
+# Commands that are not in a module of cli/ of their own name.
+_MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "kdrl")
+
 
 def run(command: str, arguments: list[str]) -> int:
     """Run `command`; user errors become one message on stderr and status 1.
@@ -23,16 +27,7 @@ def run(command: str, arguments: list[str]) -> int:
     """
     quieten()
     try:
-        if command == "export":
-            from kdrl_pl.cli.export import main
-        elif command == "sft":
-            from kdrl_pl.cli.sft import main
-        elif command == "replay":
-            from kdrl_pl.cli.replay import main
-        elif command == "study":
-            from kdrl_pl.cli.study import main
-        else:
-            from kdrl_pl.cli.kdrl import main
+        main = importlib.import_module(f"kdrl_pl.cli.{_MODULES.get(command, command)}").main
         quieten_lightning()
         main(command, arguments)
     except KeyboardInterrupt:  # before training began; see kdrl_pl.preemption

@@ -12,6 +12,7 @@ COMMANDS = {
     "sft": "supervised fine-tuning: the off-policy baseline, and how the tiny models are made",
     "replay": "push stored rollouts through every estimator, mask and coefficient",
     "export": "turn a run's checkpoint into a Hugging Face folder",
+    "serve-teacher": "a frozen teacher over HTTP, for runs on other processes or machines",
     "study": "compare arms over seeds and testbeds: runs, tables, learning curves",
 }
 

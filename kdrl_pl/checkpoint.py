@@ -5,7 +5,6 @@ A checkpoint holds no experience: one asked for in the middle of a rollout is th
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 import shutil
@@ -15,10 +14,12 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
 
+from kdrl_pl import shards
 from kdrl_pl.boundary import rewind_loops
 from kdrl_pl.errors import RunError
-from kdrl_pl.files import replacing, write_json_atomic
+from kdrl_pl.files import checksum, replacing, write_json_atomic
 from kdrl_pl.plain_tensors import only_plain
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 # Named before the rename, beside the old file's: whichever of the two a kill leaves is vouched for.
-                checksums = "\n".join([_checksum(Path(file.name)), *_checksums(target)])
+                checksums = "\n".join([checksum(Path(file.name)), *_checksums(target)])
                 with replacing(_checksum_path(target)) as text:
                     text.write(checksums.encode())
         except (OSError, RuntimeError) as error:  # torch hides the system's error behind one of its own
@@ -55,16 +56,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Plain tensors and numbers only: a checkpoint cannot run code.
+        """Plain tensors and numbers only: a checkpoint cannot run code. A sharded one is put together.
 
         Raises:
             ValueError: it holds anything else.
         """
+        if shards.is_sharded(Path(path)):
+            return shards.whole(shards.read_checkpoint(path))
         with only_plain(path):
             where: Any = map_location or "cpu"
             return super().load_checkpoint(path, map_location=where, weights_only=True)
 
     def remove_checkpoint(self, path: Any) -> None:
+        if Path(path).is_dir():
+            return shards.remove(Path(path))
         Path(path).unlink(missing_ok=True)
         _checksum_path(Path(path)).unlink(missing_ok=True)
 
@@ -79,20 +84,34 @@ class Checkpoints(Callback):
         every_n_rollouts: rollouts (steps in kdrl sft) between two saves of the last; the end of a run is always saved.
         monitor: validation metric of the best.
         mode: "max" or "min": which direction of it is better.
+        sharded: every rank writes its own part, into a folder `last-000120.sharded.ckpt/` on a disk that all share: for
+            models of which rank 0 could not hold the whole, or slowly; needs FSDP2. False writes a single file. Both
+            can be resumed at any number of ranks, and under another strategy.
     """
 
-    def __init__(self, every_n_rollouts: int = 10, monitor: str = "val/avg_at_k", mode: str = "max") -> None:
+    def __init__(
+        self,
+        every_n_rollouts: int = 10,
+        monitor: str = "val/avg_at_k",
+        mode: str = "max",
+        sharded: bool = False,
+    ) -> None:
         if every_n_rollouts < 1:
             raise ValueError(f"checkpoint.every_n_rollouts is {every_n_rollouts}; expected at least 1")
         if mode not in ("max", "min"):
             raise ValueError(f"checkpoint.mode is {mode!r}; expected max or min")
-        self.every_n_rollouts, self.monitor, self.mode = every_n_rollouts, monitor, mode
+        self.every_n_rollouts, self.monitor, self.mode, self.sharded = every_n_rollouts, monitor, mode, sharded
         self.best: float | None = None
         self.folder: Path | None = None
         self._validated = 0  # rollouts done at the last validation
         self._validation_is_due = False  # the run was stopped between a rollout and the validation after it
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.sharded and not isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ValueError(
+                f"checkpoint.sharded is true, but under {type(trainer.strategy).__name__} every rank has the whole "
+                "student; set it to false, or shard the student with --config configs/trainer/fsdp2.yaml"
+            )
         self.folder = Path(trainer.strategy.broadcast(trainer.default_root_dir)) / "checkpoints"
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -126,7 +145,8 @@ class Checkpoints(Callback):
         return self._save(trainer, pl_module, "last")
 
     def _save(self, trainer: Any, pl_module: Any, kind: str) -> Path:
-        path = self.folder / f"{kind}-{pl_module.iterations_done:06d}.ckpt"
+        suffix = shards.SUFFIX if self.sharded else ".ckpt"
+        path = self.folder / f"{kind}-{pl_module.iterations_done:06d}{suffix}"
         if trainer.is_global_zero:
             require_space(self.folder)
         trainer.save_checkpoint(path)
@@ -165,22 +185,23 @@ def require_space(folder: Path) -> None:
     Raises:
         RunError: it does not.
     """
-    files = sorted(folder.glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    files = sorted(_present(folder), key=lambda path: path.stat().st_mtime)
     if not files:
         return
-    size, free = files[-1].stat().st_size, shutil.disk_usage(folder).free
+    newest, free = files[-1], shutil.disk_usage(folder).free
+    size = shards.size(newest) if newest.is_dir() else newest.stat().st_size
     if free < size:
         raise RunError(
             f"no room for a checkpoint in {folder}: {free / 1e6:.0f} MB are free, and the last one took "
-            f"{size / 1e6:.0f} MB. {files[-1].name} is whole; make room and resume from it"
+            f"{size / 1e6:.0f} MB. {newest.name} is whole; make room and resume from it"
         )
 
 
 def find_checkpoint(run: str | Path, kind: str = "last") -> Path:
-    """The newest checkpoint of a run folder that verifies against its checksum.
+    """The newest checkpoint of a run folder that verifies against its checksums.
 
     Args:
-        run: a run folder (or a checkpoint file, which is verified and returned).
+        run: a run folder (or a checkpoint, file or folder, which is verified and returned).
         kind: "last" (the newest of all) or "best".
 
     Raises:
@@ -189,32 +210,49 @@ def find_checkpoint(run: str | Path, kind: str = "last") -> Path:
     run = Path(run)
     if not run.exists():
         raise FileNotFoundError(f"no run folder or checkpoint at {run} (looked in {Path.cwd()})")
-    if run.is_file():
-        candidates = [run]
-    else:
-        pattern = "best-*.ckpt" if kind == "best" else "*.ckpt"
-        candidates = sorted((run / "checkpoints").glob(pattern), key=lambda p: (_rollouts(p), p.name), reverse=True)
+    is_one = run.is_file() or shards.is_sharded(run)
+    candidates = [run]
+    if not is_one:
+        found = _present(run / "checkpoints", "best-" if kind == "best" else "")
+        candidates = sorted(found, key=lambda p: (_rollouts(p), p.name), reverse=True)
     for path in candidates:
         if problem := _problem(path):
             log.warning("skipped checkpoint %s: %s", path, problem)
         else:
             return path
-    if run.is_file():
+    if is_one:
         raise FileNotFoundError(f"{run} is no whole checkpoint: {_problem(run)}; give another, or the run folder")
     skipped = f"; {len(candidates)} damaged ones were skipped" if candidates else ""
     raise FileNotFoundError(f"no {kind} checkpoint in {run}{skipped}")
 
 
+def run_of(path: Path) -> Path:
+    """The run folder of a path that is one, or a checkpoint of one."""
+    return path.parent.parent if path.is_file() or shards.is_sharded(path) else path
+
+
+def has_checkpoints(run: Path) -> bool:
+    """False of a run that was killed before its first checkpoint was whole."""
+    return bool(_present(run / "checkpoints"))
+
+
+def _present(folder: Path, kind: str = "") -> list[Path]:
+    """Checkpoints in a folder, without sharded ones that were never finished."""
+    return [path for path in folder.glob(f"{kind}*.ckpt") if path.is_file() or (path / shards.INDEX).is_file()]
+
+
 def _rollouts(path: Path) -> int:
-    match = re.search(r"-(\d+)\.ckpt$", path.name)
+    match = re.search(r"-(\d+)(\.sharded)?\.ckpt$", path.name)
     return int(match[1]) if match else -1
 
 
 def _problem(path: Path) -> str | None:
+    if path.is_dir():
+        return shards.problem(path)
     known = _checksums(path)
     if not known:
         return "its checksum file is missing"
-    return None if _checksum(path) in known else "its content does not match its checksum"
+    return None if checksum(path) in known else "its content does not match its checksum"
 
 
 def _checksums(path: Path) -> list[str]:
@@ -225,11 +263,3 @@ def _checksums(path: Path) -> list[str]:
 
 def _checksum_path(path: Path) -> Path:
     return path.with_name(path.name + ".blake2b")
-
-
-def _checksum(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

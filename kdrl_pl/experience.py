@@ -70,6 +70,7 @@ class Experience:
         max_response_tokens: the sampler's budget (L_max of the normaliser "constant"); None when unknown.
         share_prompts: forward passes of the student read the prompt of a group once; `KDRLModule.score` decides it.
         uids: one string per row naming its prompt.
+        teachers: per row which of several teachers scores it (`RoutedTeacher`), None for their default; default all None.
 
     Raises:
         ValueError: a tensor has another shape, or a mask another layout, than stated above.
@@ -100,6 +101,7 @@ class Experience:
         max_response_tokens: int | None = None,
         share_prompts: bool = False,
         uids: Sequence[str] | None = None,
+        teachers: Sequence[str | None] | None = None,
     ) -> None:
         self.input_ids = input_ids
         self.attention_mask = attention_mask
@@ -123,6 +125,7 @@ class Experience:
         self.max_response_tokens = max_response_tokens
         self.share_prompts = share_prompts
         self.uids = list(uids) if uids is not None else [str(g) for g in group.tolist()]
+        self.teachers = list(teachers) if teachers is not None else [None] * len(self.uids)
         self._check()
 
     def _check(self) -> None:
@@ -141,8 +144,9 @@ class Experience:
             both_float = dtype is not None and dtype.is_floating_point and value.is_floating_point()
             if dtype not in (None, value.dtype) and not both_float:
                 raise ValueError(f"{name} has dtype {value.dtype}; expected {dtype}")
-        if len(self.uids) != rows:
-            raise ValueError(f"uids has {len(self.uids)} entries; expected one per row ({rows})")
+        for name in ("uids", "teachers"):
+            if len(getattr(self, name)) != rows:
+                raise ValueError(f"{name} has {len(getattr(self, name))} entries; expected one per row ({rows})")
         if rows == 0:
             return
         if bool((self.response_mask & ~self.attention_mask).any()):
@@ -174,12 +178,13 @@ class Experience:
             if value is not None:
                 value = value[on_device]
                 picked[name] = value if ndim == 1 else value[:, :width]
-        return Experience(**picked, **self._common(), uids=[self.uids[i] for i in index.tolist()])
+        names = {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("uids", "teachers")}
+        return Experience(**picked, **self._common(), **names)
 
     def to(self, device: torch.device | str) -> Experience:
         """The same rows on `device`; dtypes are never changed."""
         moved = {n: v.to(device) for n in _TENSORS if (v := getattr(self, n)) is not None}
-        return Experience(**moved, **self._common(), uids=self.uids)
+        return Experience(**moved, **self._common(), uids=self.uids, teachers=self.teachers)
 
     def _common(self) -> dict:
         """What all rows have in common."""
@@ -203,7 +208,7 @@ class Experience:
     def save(self, path: str | Path | BinaryIO) -> None:
         """Write the rows as plain tensors (loads with `weights_only=True`)."""
         tensors = {n: v.cpu() for n in _TENSORS if (v := getattr(self, n)) is not None}
-        torch.save({**tensors, **self._common(), "uids": self.uids}, path)
+        torch.save({**tensors, **self._common(), "uids": self.uids, "teachers": self.teachers}, path)
 
     @classmethod
     def load(cls, path: str | Path) -> Experience:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kdrl_pl.models.loading import check_model_path, load_model, load_tokenizer
-from kdrl_pl.plain_tensors import load_plain
+from kdrl_pl.shards import read_checkpoint, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -18,7 +18,7 @@ def export_checkpoint(checkpoint: Path, student_path: str, output: Path, dtype: 
     """Write the student of a checkpoint, with tokenizer and generation config, as safetensors.
 
     Args:
-        checkpoint: a single-file checkpoint.
+        checkpoint: a single file, or the folder of a sharded one.
         student_path: the folder or hub name the run started from: its config and tokenizer are taken.
         output: folder to write; must not hold files yet.
         dtype: "float32", "bfloat16" or "float16"; None keeps the master weights' own.
@@ -29,9 +29,9 @@ def export_checkpoint(checkpoint: Path, student_path: str, output: Path, dtype: 
     """
     if output.is_dir() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty; choose another folder with --output")
-    content = load_plain(checkpoint, mmap=True)
+    content = read_checkpoint(checkpoint)
     state = content.get("state_dict", {}) if isinstance(content, dict) else {}
-    weights = {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
+    weights = {name.removeprefix(PREFIX): whole(value) for name, value in state.items() if name.startswith(PREFIX)}
     if not weights:
         raise ValueError(f"{checkpoint} holds no student; expected a checkpoint of kdrl fit or kdrl sft")
     own = next(iter(weights.values())).dtype

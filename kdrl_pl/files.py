@@ -6,6 +6,7 @@ or half of a surrogate pair in a model's output can break a file or a terminal.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -105,11 +106,25 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk: else a power cut can forget a new one."""
+    folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)  # else a power cut can forget the new name
+        os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def checksum(path: Path) -> str:
+    """32 hex digits of BLAKE2b over a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _cut_torn_line(file: BinaryIO) -> None:

@@ -36,20 +36,21 @@ from kdrl_pl.losses import (
 from kdrl_pl.losses.base import Sums, Term, inside
 from kdrl_pl.losses.whole_update import prepare
 from kdrl_pl.metrics import MetricSums
+from kdrl_pl.models.adapters import Lora
 from kdrl_pl.models.language_model import LanguageModel
 from kdrl_pl.models.loading import load_tokenizer, stop_ids
 from kdrl_pl.models.reference import Reference
 from kdrl_pl.optim import default_optimizer, make_optimizer, set_learning_rate
-from kdrl_pl.parallel import all_reduce_sum, world_size
+from kdrl_pl.parallel import all_reduce_sum, check_strategy, world_size
 from kdrl_pl.passes import logprobs_of, pass_rows, shared_prompts
 from kdrl_pl.sampler_check import SamplerCheck
-from kdrl_pl.saved_state import restore, state_of
+from kdrl_pl.saved_state import base_of, check_adapter, keep_trained, restore, state_of
 from kdrl_pl.schedules import Schedule, as_schedule
 from kdrl_pl.scoring import ask_ahead, fill_in
 from kdrl_pl.sequences import update_rows
 from kdrl_pl.soundness import refuse_unsound
 from kdrl_pl.stop_cell import stop_cell
-from kdrl_pl.teacher import FrozenTeacher
+from kdrl_pl.teacher import BaseTeacher, FrozenTeacher
 from kdrl_pl.updates import run_update
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class KDRLModule(LightningModule):
     Args:
         student: Hugging Face folder or hub name of the model to train.
         teacher: what scores the student's tokens; null where no term needs one.
+        adapter: trains a low-rank adapter instead of the student's weights (LoRA); null trains the weights.
         policy_gradient: the reinforcement-learning term; null switches it off (pure distillation).
         distillation: the distillation term; null switches it off (GRPO).
         reward_shaping: the teacher as a reward instead of as a loss, an ablation; not together with distillation.
@@ -100,6 +102,7 @@ class KDRLModule(LightningModule):
         self,
         student: str,
         teacher: FrozenTeacher | None = None,
+        adapter: Lora | None = None,
         policy_gradient: PolicyGradient | None = PolicyGradient(),  # noqa: B008 - read-only, shown as default in --help
         distillation: Distillation | None = Distillation(),  # noqa: B008
         reward_shaping: RewardShaping | None = None,
@@ -142,11 +145,13 @@ class KDRLModule(LightningModule):
             max_tokens_per_micro_batch=max_tokens_per_micro_batch,
             max_skipped_steps=max_skipped_steps,
             overlong_filter=overlong_filter,
+            adapter=adapter,
         )
         self.reference_kl = next(
             (term for term in self.objective.terms.values() if isinstance(term, ReferenceKL)), None
         )
-        self.student_path = student
+        self.student_path, self.adapter = student, adapter
+        self.strict_loading = adapter is None  # a checkpoint has the adapter only; see saved_state.check_adapter
         self.normaliser, self.advantage_scale, self.advantage_eps = normaliser, advantage_scale, advantage_eps
         self.drop_groups_without_signal, self.overlong_filter = drop_groups_without_signal, overlong_filter
         self.epochs_per_rollout, self.groups_per_update = epochs_per_rollout, groups_per_update
@@ -179,14 +184,19 @@ class KDRLModule(LightningModule):
                 self.dtype_name,
                 attn_implementation=self.attn_implementation,
                 gradient_checkpointing=self.gradient_checkpointing,
+                adapter=self.adapter,
             ).train()
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: load teacher and reference onto this rank's device, if anything needs them."""
+        if self._trainer is not None:
+            check_strategy(type(self.trainer.strategy).__name__)
+        if isinstance(self.teacher, BaseTeacher):
+            self.teacher.lean_on(self.student, self.student_path, base_of(self))
         if self.needs_teacher if stage == "fit" else self.teacher is not None and self.evaluate_kl:
             self.teacher.load(self.device, load_tokenizer(self.student_path))
         if stage == "fit" and self.reference is not None:
-            self.reference.load(self.device)
+            self.reference.load(self.device, None if self.adapter is None else self.student)
 
     def on_fit_start(self) -> None:
         """Refuse training prompts that the competence gate has not heard of, before the first rollout."""
@@ -420,11 +430,14 @@ class KDRLModule(LightningModule):
                 "on_train_batch_end or later"
             )
         checkpoint["kdrl"] = state_of(self)
+        keep_trained(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint stands.
 
         Raises:
-            ValueError: it was trained with another tokenizer or under another teacher, and `resume_anyway` is not set.
+            ValueError: it was trained with another tokenizer or under another teacher, and `resume_anyway` is not set;
+                or it holds an adapter where there is none, or another one, or the reverse.
         """
+        check_adapter(self, checkpoint)
         restore(self, checkpoint["kdrl"])

@@ -22,6 +22,29 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def check_strategy(strategy: str) -> None:
+    """Refuse ways of training that this library does not know to be right.
+
+    Args:
+        strategy: name of a Lightning strategy, or of its class.
+
+    Raises:
+        ValueError: it is none of one device, DDP and our FSDP2.
+    """
+    name = strategy.rpartition(".")[2]
+    if name in ("auto", "SingleDeviceStrategy", "FSDP2Strategy") or name.lower().startswith("ddp"):
+        return
+    reason = "it has not been tried with rollouts in the training process"
+    if "fsdp" in name.lower():
+        reason = "FSDP1 gathers the weights in its root's forward only, and a rollout calls parts of the model"
+    elif name == "ModelParallelStrategy":
+        reason = "its checkpoints can tear, and of what it offers beyond FSDP2 tensor parallelism has not been tried"
+    raise ValueError(
+        f"trainer.strategy is {name}: {reason}. Use auto (one device), ddp (a whole student on each device) or "
+        "kdrl_pl.fsdp2.FSDP2Strategy (the student cut over the devices: configs/trainer/fsdp2.yaml)"
+    )
+
+
 def rank() -> int:
     """This process's number; 0 without a process group."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
@@ -97,8 +120,9 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
     """Inside, the full weights of an FSDP2 model stand on this process and any part of it may be called freely.
 
     Ranks may then take different numbers of forward passes, which would dead-lock otherwise. Entering is collective,
-    leaving is not, so one rank may leave early by an exception. On leaving, every module is sharded again and FSDP2's
-    default is restored (all but the root reshard after their forward). A model without FSDP2 is left alone.
+    leaving is not, so one rank may leave early by an exception. On leaving, every module is sharded again, and whether
+    layers reshard after their forward is as `models.sharding.shard` set it (FSDP2's default: all but the root do). A
+    model without FSDP2 is left alone.
 
     Args:
         model: the root, that is the module `fully_shard` was called on last.
@@ -129,7 +153,8 @@ def gathered_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for module in sharded:
             module.reshard()
-            module.set_reshard_after_forward(module is not model, recurse=False)
+            reshards = module is not model and getattr(model, "reshards_layers", True)
+            module.set_reshard_after_forward(reshards, recurse=False)
 
 
 def _settle_root(model: nn.Module) -> None:

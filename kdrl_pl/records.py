@@ -105,7 +105,7 @@ def rollout_rows(
     """One row per completion, for `RolloutFiles.write` and for `kdrl predict`.
 
     Log-probs are in nats, one number per entry of `response_ids`, rounded to 6 significant digits; null when the run
-    has none. `prompt_ids` and `response_ids` go back into `Experience.from_rows`.
+    has none. `prompt_ids` and `response_ids` go back into `Experience.from_rows`. `teacher` is there where one was named.
 
     Args:
         rollout: its number.
@@ -146,6 +146,7 @@ def rollout_rows(
             "prompt_ids": rows.input_ids[i][rows.attention_mask[i] & ~sampled].tolist(),
             "response_ids": rows.input_ids[i][sampled].tolist(),
             **logprobs,
+            **({"teacher": rows.teachers[i]} if rows.teachers[i] else {}),
         }
 
 

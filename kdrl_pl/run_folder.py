@@ -1,18 +1,22 @@
-"""What a run leaves on disk beside its checkpoints: metrics, rollouts, environment, summary."""
+"""What a run leaves on disk beside its checkpoints: metrics, alarms, rollouts, environment, summary."""
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 
+from kdrl_pl.alarms import Alarms
 from kdrl_pl.data.prompts import PromptBatch
 from kdrl_pl.environment import environment
-from kdrl_pl.files import JSONLines, write_json_atomic
+from kdrl_pl.files import JSONLines, json_line, replacing, write_json_atomic
 from kdrl_pl.records import NonFiniteRollouts, RolloutFiles, rollout_rows
 from kdrl_pl.summary import build_summary
+
+log = logging.getLogger(__name__)
 
 
 def check_name(name: str) -> str:
@@ -27,7 +31,7 @@ def check_name(name: str) -> str:
 
 
 class RunFolder(Callback):
-    """Writes `metrics.jsonl`, `rollouts/`, `env.json` and `summary.json` into the run folder of a training.
+    """Writes `metrics.jsonl`, `alarms.jsonl`, `rollouts/`, `env.json` and `summary.json` into a training's run folder.
 
     `kdrl validate` and `kdrl test` leave `validation.json` and `test.json` in a folder of their own.
 
@@ -57,6 +61,7 @@ class RunFolder(Callback):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         self.folder = Path(trainer.strategy.broadcast(trainer.default_root_dir))
         self.metrics = JSONLines(self.folder / "metrics.jsonl")
+        self.alarms = Alarms()
         self.rollouts = RolloutFiles(
             self.folder / "rollouts", self.keep_rollouts, trainer.global_rank, trainer.world_size
         )
@@ -72,6 +77,12 @@ class RunFolder(Callback):
             self.metrics.truncate_after("rollout", pl_module.rollouts_done)
             self.metrics.truncate_after("validation", self.validations)
             write_json_atomic(self.folder / "env.json", environment())
+            self._raise_again()
+
+    def _raise_again(self) -> None:
+        """The alarms of the part of the run that is resumed, quietly: they follow from its metrics."""
+        with replacing(self.folder / "alarms.jsonl") as file:
+            file.writelines(json_line(a.row()) for row in self.metrics.read() for a in self.alarms.observe(row))
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self._stop_when_done(trainer, pl_module)
@@ -106,8 +117,12 @@ class RunFolder(Callback):
             self._append(trainer, {**numbers, "global_step": trainer.global_step, **pl_module.logged})
 
     def _append(self, trainer: Trainer, row: dict[str, Any]) -> None:
-        if trainer.is_global_zero:
-            self.metrics.append(row)
+        if not trainer.is_global_zero:
+            return
+        self.metrics.append(row)
+        for alarm in self.alarms.observe(row):
+            JSONLines(self.folder / "alarms.jsonl").append(alarm.row())
+            log.warning("%s (docs/troubleshooting.md)", alarm)
 
     def _stop_when_done(self, trainer: Any, pl_module: Any) -> None:
         if self.max_rollouts is not None and pl_module.rollouts_done >= self.max_rollouts:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kdrl_pl.identity import check_same
-from kdrl_pl.models.loading import tokenizer_fingerprint
+from kdrl_pl.models.adapters import adapter_weights
+from kdrl_pl.models.loading import check_model_path, tokenizer_fingerprint
+from kdrl_pl.teacher.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from kdrl_pl.module import KDRLModule
@@ -22,7 +24,45 @@ def state_of(module: KDRLModule) -> dict[str, Any]:
         "reference": None if module.reference is None else module.reference.state_dict(),
         "teacher": module.teacher.fingerprint() if module.needs_teacher else None,
         "tokenizer": tokenizer_fingerprint(module.student_path),
+        "adapter": None if module.adapter is None else {**module.adapter.settings(), "base": base_of(module)},
     }
+
+
+def base_of(module: KDRLModule) -> str:
+    """Names the weights that an adapter is trained on."""
+    precision = module.adapter.quantization or module.dtype_name
+    return f"{fingerprint(check_model_path(module.student_path))}/{precision}"
+
+
+def keep_trained(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
+    """Leave the weights of a frozen base out of a checkpoint."""
+    if module.adapter is not None:
+        trained = adapter_weights(module)
+        checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
+
+
+def check_adapter(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
+    """Refuse weights that are not those of this run's adapter on its base; without it they would be put on any.
+
+    Raises:
+        ValueError: what differs.
+    """
+    state, ours = checkpoint["kdrl"]["adapter"], module.adapter
+    if (state is None) != (ours is None):
+        has, lacks = ("the whole student", "is set") if state is None else ("an adapter only", "is null")
+        raise ValueError(f"the checkpoint holds {has}, and model.adapter {lacks}; set model.adapter as the run had it")
+    if ours is None:
+        return
+    cure = "use the same model.student, model.dtype and model.adapter.quantization, or start a new run"
+    check_same("on base", state["base"], base_of(module), cure, module.resume_anyway)
+    for name, value in ours.settings().items():
+        if state[name] != value:
+            raise ValueError(
+                f"the checkpoint holds an adapter with {name} {state[name]}, and model.adapter.{name} is {value}; set it "
+                "as the run had it, or start a new run from the exported student"
+            )
+    if checkpoint["state_dict"].keys() != adapter_weights(module).keys():
+        raise ValueError("the layers of the checkpoint's adapter are not those of this student; use its own base")
 
 
 def restore(module: KDRLModule, state: dict[str, Any]) -> None:

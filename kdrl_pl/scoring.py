@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kdrl_pl import phases
 from kdrl_pl.advantages import group_advantages
 from kdrl_pl.experience import Experience
 from kdrl_pl.losses.weights import experience_weights
@@ -31,6 +32,7 @@ def ask_ahead(module: KDRLModule, experience: Experience, rollout: int, metrics:
 
 def fill_in(module: KDRLModule, experience: Experience, rollout: int, metrics: Metrics | None, is_asked: bool) -> None:
     """The work of `KDRLModule.score`, in its order: each line needs those before it."""
+    phases.begin("score")
     started = time.perf_counter()
     module.student.eval()
     experience.share_prompts = _share_prompts(module, experience)
@@ -55,6 +57,7 @@ def fill_in(module: KDRLModule, experience: Experience, rollout: int, metrics: M
 
 def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int, metrics: Metrics | None) -> None:
     """The teacher's log-probs where `asked`, (B, T) bool, and zeros elsewhere."""
+    phases.begin("teacher")
     started = time.perf_counter()
     experience.teacher_mask = asked
     if bool(asked.any()):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kdrl_pl.models.language_model import LanguageModel
 from kdrl_pl.optim import clip_gradients, default_optimizer, make_optimizer, set_learning_rate
-from kdrl_pl.parallel import all_reduce_sum, world_size
+from kdrl_pl.parallel import all_reduce_sum, check_strategy, world_size
 from kdrl_pl.schedules import Schedule, as_schedule
 
 
@@ -53,6 +53,9 @@ class SFTModule(LightningModule):
     def iterations_done(self) -> int:
         """Optimizer steps so far: what checkpoints are named after."""
         return self.global_step
+
+    def setup(self, stage: str) -> None:
+        check_strategy(type(self.trainer.strategy).__name__)
 
     def configure_model(self) -> None:
         """Lightning's hook: load the student, once."""

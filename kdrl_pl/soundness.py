@@ -6,7 +6,8 @@ from kdrl_pl.advantages import SCALES
 from kdrl_pl.losses import Distillation, Objective, PolicyGradient, ReferenceKL, RewardShaping
 from kdrl_pl.losses.weights import NORMALISERS
 from kdrl_pl.losses.whole_update import WholeUpdate
-from kdrl_pl.teacher import FrozenTeacher
+from kdrl_pl.models.adapters import Lora
+from kdrl_pl.teacher import BaseTeacher, FrozenTeacher
 
 
 def refuse_unsound(
@@ -25,6 +26,7 @@ def refuse_unsound(
     max_tokens_per_micro_batch: int,
     max_skipped_steps: int,
     overlong_filter: bool,
+    adapter: Lora | None,
 ) -> None:
     """Arguments as those of `KDRLModule`; the objective holds all of its terms.
 
@@ -58,6 +60,11 @@ def refuse_unsound(
         teacher is None and (objective.needs_teacher or reward_shaping is not None),
         "distillation needs a teacher: set model.teacher.path, or model.distillation: null for plain GRPO "
         "(likewise model.reward_shaping and model.policy_gradient.modulation)",
+    )
+    _refuse(
+        isinstance(teacher, BaseTeacher) and adapter is None,
+        "BaseTeacher is the student without its adapter, and there is none; set model.adapter, or name the folder of "
+        "the starting student: model.teacher: {class_path: kdrl_pl.teacher.FrozenTeacher, init_args: {path: FOLDER}}",
     )
     whole = [name for name, term in objective.terms.items() if isinstance(term, WholeUpdate)]
     _refuse(len(whole) > 1, f"{' and '.join(whole)} each look at all rows of an update; keep one of them")

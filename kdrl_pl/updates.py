@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kdrl_pl import phases
 from kdrl_pl.errors import RunError
 from kdrl_pl.experience import Experience
 from kdrl_pl.metrics import MetricSums
@@ -33,6 +34,7 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
     Raises:
         RunError: sampler and trainer disagree, or too many steps in a row had no finite gradient.
     """
+    phases.begin("update")
     optimizer, rollout = module.optimizers(), batch.rollout
     sums.merge(module.prepare(rows, rollout, rows.old_logprobs if is_first else None))
     movable = rows[module.objective.active(rows, rollout)]  # no term can move the others; they are in the weights
@@ -40,6 +42,7 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
     passes = module.micro_batch_rows(movable)
     is_finite = torch.ones((), dtype=torch.bool, device=module.device)
     for number, index in enumerate(passes):
+        phases.advance(number, len(passes))
         part = movable[index] if index else _weightless(rows[:1])
         with gradient_sync(module, enabled=number == len(passes) - 1):
             output = module.loss(part, rollout)

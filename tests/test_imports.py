@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1] / "kdrl_pl"
 FLOORS = {
     "pure": [
         "advantages",
+        "alarms",
         "boundary",
         "data.prompts",
         "errors",
@@ -25,6 +26,7 @@ FLOORS = {
         "metric_names",
         "metrics",
         "optim",
+        "phases",
         "plain_tensors",
         "records",
         "replay.",
@@ -37,13 +39,15 @@ FLOORS = {
         "stop_cell",
         "summary",
         "text",
+        "view.",
     ],
-    "models": ["data.", "environment", "export", "models.", "parallel", "rollout.", "teacher."],
+    "models": ["data.", "environment", "export", "models.", "parallel", "rollout.", "shards", "teacher."],
     "lightning": [
         "checkpoint",
         "data.base",
         "data.datamodule",
         "data.sft",
+        "fsdp2",
         "module",
         "passes",
         "preemption",
@@ -57,7 +61,7 @@ FLOORS = {
         "sft",
         "updates",
     ],
-    "top": ["", "__main__", "cli.", "study."],
+    "top": ["", "__main__", "cli.", "study.", "teacher.server"],
 }
 ORDER = list(FLOORS)
 # A neighbour of the lightning floor meets the others in the batch and on the Trainer; these are parts of one thing.
@@ -76,13 +80,14 @@ HEAVY = {
     "datasets",
     "math_verify",
     "pandas",
+    "peft",
     "pyarrow",
     "reasoning_gym",
     "tokenizers",
     "transformers",
 }
 THIRD_PARTY = {
-    "pure": {"torch", "torchmetrics"},
+    "pure": {"torch", "torchmetrics", "rich"},
     "models": {"torch", "numpy", "safetensors", "jinja2"} | HEAVY,
     "lightning": {"torch", "lightning"} | HEAVY,
 }

@@ -1,6 +1,6 @@
 """The line of a rollout."""
 
-from kdrl_pl.progress import shares
+from kdrl_pl.view.plain import shares
 
 
 def test_shares_add_up_to_the_step() -> None:

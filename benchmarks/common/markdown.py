@@ -143,6 +143,19 @@ def kdrl_vs_grpo_table(report: dict[str, Any]) -> str:
     return f"{head}\n\n{table(['', *phases], rows)}"
 
 
+def estimate_table(report: dict[str, Any]) -> str:
+    """Estimated and measured MB of each case, at the peak of all phases and of each."""
+    rows = []
+    for name, case in report["cases"].items():
+        estimated, measured = case["estimated"], case["measured"]
+        phases = [f"{estimated[phase]:.0f} / {measured[phase]:.0f}" for phase in estimated]
+        peak = f"{max(estimated.values()):.0f} / {max(measured.values()):.0f}"
+        rows.append([name, *phases, peak, f"{case['ratio']:.2f}"])
+    phases = list(next(iter(report["cases"].values()))["estimated"])
+    table_ = table(["case", *phases, "peak", "estimated / measured"], rows)
+    return f"{machine_line(report)} MB, estimated / measured, weights included:\n\n{table_}"
+
+
 TABLES = {
     "vs_trl": vs_trl_table,
     "roofline": roofline_table,
@@ -150,4 +163,5 @@ TABLES = {
     "scaling_rows": scaling_table,
     "kdrl_vs_grpo": kdrl_vs_grpo_table,
     "startup": startup_table,
+    "estimate": estimate_table,
 }

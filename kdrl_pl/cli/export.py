@@ -10,20 +10,20 @@ from kdrl_pl.cli.errors import Parser
 def main(command: str, arguments: list[str]) -> None:
     """Write the best (or last) checkpoint of a run as a Hugging Face folder."""
     parser = Parser(prog="kdrl export", description=main.__doc__)
-    parser.add_argument("run", type=Path, help="run folder, or one checkpoint file of it")
+    parser.add_argument("run", type=Path, help="run folder, or one checkpoint of it")
     parser.add_argument("--last", action="store_true", help="the last checkpoint instead of the best")
     parser.add_argument("--output", type=Path, help="folder to write (default: checkpoints/<name of the run>)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the weights written")
     options = parser.parse_args(arguments)
 
-    from kdrl_pl.checkpoint import find_checkpoint
+    from kdrl_pl.checkpoint import find_checkpoint, run_of
     from kdrl_pl.cli.configs import read_configs
     from kdrl_pl.export import export_checkpoint
     from kdrl_pl.run_folder import check_name
 
     if not options.run.exists():
         raise FileNotFoundError(f"no run folder or checkpoint at {options.run}")
-    folder = options.run if options.run.is_dir() else options.run.parent.parent
+    folder = run_of(options.run)
     try:
         checkpoint = find_checkpoint(options.run, "last" if options.last else "best")
     except FileNotFoundError:

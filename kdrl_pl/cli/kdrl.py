@@ -21,16 +21,12 @@ from kdrl_pl.rollout.callback import RolloutCallback
 
 
 class KDRLCLI(RunCLI):
-    """Sections model, data, rollout, trainer, run, checkpoint."""
+    """Sections model, data, rollout, trainer, run, checkpoint, view."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(Progress, "view")  # first, so that it times the whole iteration
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(RolloutCallback, "rollout")
-
-    def instantiate_trainer(self, **kwargs: Any) -> Any:
-        trainer: Any = super().instantiate_trainer(**kwargs)
-        trainer.callbacks.insert(0, Progress())  # first, so that it times the whole iteration
-        return trainer
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)

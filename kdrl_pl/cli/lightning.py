@@ -13,12 +13,13 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint
+from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint, has_checkpoints, run_of
 from kdrl_pl.cli.configs import merge_configs
 from kdrl_pl.cli.errors import SettingsError, explain
 from kdrl_pl.cli.hash_text import keep_hash_text
 from kdrl_pl.cli.run import report
 from kdrl_pl.cli.secrets import masked, refuse_masked
+from kdrl_pl.parallel import check_strategy
 from kdrl_pl.preemption import Preemption
 from kdrl_pl.rank_watch import RankWatch
 from kdrl_pl.run_folder import RunFolder
@@ -143,14 +144,14 @@ class RunCLI(LightningCLI):
             return fresh, None
         if self.resume in ("auto", "must"):
             # A run that was killed before its first checkpoint was whole has none.
-            folders = {path.parent.parent for path in runs.glob("*/checkpoints/*.ckpt")}
+            folders = [folder for folder in runs.glob("*") if has_checkpoints(folder)]
             if folders:
                 return max(folders), find_checkpoint(max(folders))
             if self.resume == "must":
                 raise FileNotFoundError(f"--resume must: no run with checkpoints in {runs}")
             return fresh, None
         checkpoint = find_checkpoint(self.resume)
-        return checkpoint.parent.parent, checkpoint
+        return run_of(checkpoint), checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         plugins: list[Any] = [AtomicCheckpointIO()]
@@ -244,13 +245,15 @@ def _run_of(resume: str) -> Path | None:
         raise FileNotFoundError(
             f"--resume {resume}: no such run folder or checkpoint; give one, or auto, must or never"
         )
-    return path if path.is_dir() else path.parent.parent
+    return run_of(path)
 
 
 def _check_trainer(trainer: Any) -> None:
     for name, (sound, cure) in _REFUSED.items():
         if trainer[name] != sound:
             raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {sound}: {cure}")
+    strategy = trainer["strategy"]
+    check_strategy(strategy if isinstance(strategy, str) else strategy["class_path"])
     interval = trainer["val_check_interval"]
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(f"trainer.val_check_interval is {interval}; expected rollouts between validations, at least 1")

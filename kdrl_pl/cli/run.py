@@ -16,7 +16,7 @@ from kdrl_pl.text import printable
 USER_ERRORS = (RunError, ValueError, OSError)
 
 # Commands that are not in a module of cli/ of their own name.
-_MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "kdrl")
+_MODULES = dict.fromkeys(("fit", "validate", "test", "predict"), "kdrl") | {"serve-teacher": "serve_teacher"}
 
 
 def run(command: str, arguments: list[str]) -> int:

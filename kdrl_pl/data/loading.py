@@ -28,11 +28,15 @@ class SetConfig(SourceConfig):
             ("reward_model.ground_truth"); null when the reward needs no answer.
         answer_pattern: regular expression whose first group is the answer within that column; "#### (.+)" for GSM8K.
         weight: share of this set in every training rollout, relative to the other sets.
+        teacher: which of several teachers scores this set's rows (`RoutedTeacher`); null is their default.
+        teacher_column: column with the name of each row's teacher, in place of `teacher`.
     """
 
     answer_column: str | None = "answer"
     answer_pattern: str | None = None
     weight: float = 1.0
+    teacher: str | None = None
+    teacher_column: str | None = None
 
 
 @dataclass
@@ -192,16 +196,19 @@ def load_prompts(
     renderer = Renderer(config.template or template or Template(), tokenizer)
     pattern = _compile(config.answer_pattern)
     counts = SetCounts(limit=f"max_prompt_tokens={max_prompt_tokens}")
-    keep = [config.prompt_column, *([config.answer_column] if config.answer_column else [])]
+    keep = [key for key in (config.prompt_column, config.answer_column, config.teacher_column) if key]
+    if config.teacher is not None and config.teacher_column is not None:
+        raise ValueError(f"set {name!r} has both teacher and teacher_column; the column names one per row: keep one")
 
-    def parse(row: Row) -> tuple[str, str | None]:
+    def parse(row: Row) -> tuple[str, str | None, str | None]:
         text = renderer.render(column(row, config.prompt_column))
-        return text, _answer(row, config.answer_column, pattern)
+        teacher = config.teacher if config.teacher_column is None else text_column(row, config.teacher_column)
+        return text, _answer(row, config.answer_column, pattern), teacher
 
     parsed = parse_rows(read_rows(config, default_split, keep), parse, on_bad_row, counts)
-    encoded = encode_rows(renderer.encode, [(row, text) for row, (text, _) in parsed], on_bad_row, counts)
+    encoded = encode_rows(renderer.encode, [(row, text) for row, (text, *_) in parsed], on_bad_row, counts)
     prompts = []
-    for (row, (text, answer)), ids in zip(parsed, encoded, strict=True):
+    for (row, (text, answer, teacher)), ids in zip(parsed, encoded, strict=True):
         if ids is None:
             continue
         if not ids:
@@ -214,7 +221,7 @@ def load_prompts(
                 for key, value in row.columns.items()
                 if key not in keep and (config.columns is None or key in config.columns)
             }
-            prompts.append(Prompt(f"{name}/{row.number}", text, tuple(ids), answer, name, others))
+            prompts.append(Prompt(f"{name}/{row.number}", text, tuple(ids), answer, name, others, teacher))
     counts.kept = len(prompts)
     counts.check(name)
     return prompts, counts

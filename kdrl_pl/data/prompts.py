@@ -21,6 +21,7 @@ class Prompt:
         answer: the reference answer the rule compares with; None when the reward needs none.
         dataset: name of the set it comes from.
         columns: the row's other columns, for rewards that want them.
+        teacher: which of several teachers scores its responses (`RoutedTeacher`); None is their default.
     """
 
     uid: str
@@ -29,6 +30,7 @@ class Prompt:
     answer: str | None = None
     dataset: str = "train"
     columns: Mapping[str, Any] = field(default_factory=dict)
+    teacher: str | None = None
 
 
 class PromptBatch:

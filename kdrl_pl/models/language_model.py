@@ -10,11 +10,14 @@ from torch import Tensor, nn
 
 from kdrl_pl.logprobs import Head, Reader, TokenScores, Vocabulary, token_scores
 from kdrl_pl.models.loading import load_model, load_tokenizer, vocabulary_size
+from kdrl_pl.models.quantization import quantization_arguments
 from kdrl_pl.models.shared_prompts import SharedPrompts, can_share, hidden_before
 from kdrl_pl.sequences import predicting_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from kdrl_pl.models.adapters import Lora
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +90,17 @@ class LanguageModel(nn.Module):
         quantization: dict | None = None,
         gradient_checkpointing: bool = False,
         from_scratch: bool = False,
+        adapter: Lora | None = None,
     ) -> LanguageModel:
         """A model folder or hub name with its tokenizer's vocabulary; every dropout is off (said once).
 
         Args:
             path, dtype, attn_implementation, quantization, from_scratch: see `loading.load_model`.
             gradient_checkpointing: recompute activations in the backward pass.
+            adapter: trained in place of the weights; its own quantization counts.
         """
+        if adapter is not None:
+            quantization = quantization_arguments(adapter.quantization, dtype)
         vocab_size = vocabulary_size(load_tokenizer(path))
         model, silenced = load_model(
             path,
@@ -104,6 +111,8 @@ class LanguageModel(nn.Module):
         )
         if silenced:
             log.info("dropout is off: %s of %s set to 0", ", ".join(silenced), path)
+        if adapter is not None:
+            adapter.wrap(model)
         if gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return cls(model, vocab_size)

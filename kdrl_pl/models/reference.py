@@ -1,4 +1,7 @@
-"""The reference of `losses.ReferenceKL`: a frozen copy of the student, replaced now and then by a newer one."""
+"""The reference of `losses.ReferenceKL`: a frozen copy of the student, replaced now and then by a newer one.
+
+Of a LoRA student only the adapter is copied, and none at the start: its base is there already.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kdrl_pl.models.adapters import EarlierStudent
 from kdrl_pl.models.language_model import LanguageModel
 
 
@@ -21,20 +25,28 @@ class Reference:
 
     def __init__(self, path: str, dtype: str, attn_implementation: str | None = None) -> None:
         self.path, self.dtype, self.attn_implementation = path, dtype, attn_implementation
-        self.model: LanguageModel | None = None
+        self.model: LanguageModel | EarlierStudent | None = None
         self.is_starting_student = True
 
-    def load(self, device: torch.device | str) -> None:
-        """Load the starting student onto `device`, once."""
-        if self.model is None:
+    def load(self, device: torch.device | str, adapted: LanguageModel | None = None) -> None:
+        """Load the starting student onto `device`, once.
+
+        Args:
+            device: of the copy.
+            adapted: the student, where it is a LoRA student: then it is asked itself, with the adapter it had.
+        """
+        if self.model is None and adapted is not None:
+            self.model = EarlierStudent(adapted)
+        elif self.model is None:
             model = LanguageModel.load(self.path, self.dtype, attn_implementation=self.attn_implementation)
             self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def reset(self, student: nn.Module) -> None:
         """Become a copy of `student`, which may be sharded; every rank calls it."""
-        weights = {name: _whole(value) for name, value in student.state_dict().items()}
-        self.model.load_state_dict(weights)
+        own = self.model.state_dict()
+        for name, value in student.state_dict().items():  # one whole tensor at a time
+            own[name].copy_(_whole(value))
         self.is_starting_student = False
 
     def state_dict(self) -> dict[str, Any] | None:

@@ -82,4 +82,5 @@ def rollout_of_rows(
         temperature=temperature,
         max_response_tokens=max_response_tokens,
         uids=[row["uid"] for row in rows],
+        teachers=[row.get("teacher") for row in rows],
     )

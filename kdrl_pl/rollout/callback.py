@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from lightning.pytorch import Callback
 
-from kdrl_pl import signals
+from kdrl_pl import phases, signals
 from kdrl_pl.data.prompts import Prompt, PromptBatch
 from kdrl_pl.errors import RunError
 from kdrl_pl.experience import Experience
@@ -99,12 +99,14 @@ class RolloutCallback(Callback):
         """
         model = self._model(trainer, pl_module)
         keys = group_keys(self.seed, number, [p.uid for p in batch.prompts], batch.occurrences, samples)
+        phases.begin("rollout")
         started = time.perf_counter()
         with trainer.precision_plugin.forward_context():
             self.engine.sync(model, stop_ids(trainer.datamodule.tokenizer, model.model.generation_config))
             sampled = self._generate(batch, samples, sampling, keys)
         give_way(pl_module.device)
         generated = time.perf_counter()
+        phases.begin("reward")
         completions = _completions(trainer.datamodule.tokenizer, batch.prompts, sampled, samples, sampling)
         experience = _experience(trainer.datamodule.tokenizer, completions, sampled, samples, sampling)
         on_device = experience.to(pl_module.device)
@@ -139,7 +141,7 @@ class RolloutCallback(Callback):
         """What the engine sampled; nothing when a signal made it give up."""
         try:
             prompts = [prompt.input_ids for prompt in batch.prompts]
-            return self.engine.generate(prompts, samples, sampling, keys, signals.should_stop)
+            return self.engine.generate(prompts, samples, sampling, keys, phases.counted(signals.should_stop))
         except RolloutInterrupted:
             if not signals.received():
                 raise
@@ -239,6 +241,7 @@ def _experience(
         temperature=sampling.temperature or 1.0,
         max_response_tokens=sampling.max_tokens,
         uids=[completion.prompt.uid for completion in completions],
+        teachers=[completion.prompt.teacher for completion in completions],
     )
 
 

@@ -15,8 +15,9 @@ from torch import nn
 from kdrl_pl.parallel import gathered_weights
 from kdrl_pl.rollout.decoder import Decoder, forward_arguments
 from kdrl_pl.rollout.engine import Completions
+from kdrl_pl.rollout.requests import check_request
 from kdrl_pl.rollout.sampling import Sampling
-from kdrl_pl.rollout.weights import cached_autocast, is_sharded, weights_in
+from kdrl_pl.rollout.weights import cached_autocast, weights_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,17 +63,12 @@ class InProcessEngine:
         """Remember the model to decode with; its weights are read when `generate` runs.
 
         Raises:
-            ValueError: the model keeps no key/value cache, or is sharded where a copy in another dtype is wanted.
+            ValueError: the model keeps no key/value cache.
         """
         if "past_key_values" not in forward_arguments(student.model):
             raise ValueError(
                 f"{type(student.model).__name__}.forward takes no past_key_values; the in-process engine needs a "
                 "decoder with a key/value cache, use another rollout engine"
-            )
-        if self.dtype is not None and is_sharded(student):
-            raise ValueError(
-                f"rollout.engine.dtype is {self.dtype} and the student is sharded (FSDP2); set it to null and let "
-                "trainer.strategy's mixed precision decide, or train with another strategy"
             )
         self._student = student
         # Ids beyond V* cannot be sampled; a config's default may well name one (GPT-2's 50256 in a small model).
@@ -101,8 +97,12 @@ class InProcessEngine:
         stops = [*self._stop_token_ids, *(sampling.stop_token_ids or ())]
         _check_request(student, prompts, group_size, sampling, keys)
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
-        casts_once = cached_autocast(student.device.type)
-        with gathered_weights(student), _evaluating(student), weights_in(student.model, dtype), casts_once:
+        with (
+            gathered_weights(student),
+            _evaluating(student),
+            weights_in(student.model, dtype),
+            cached_autocast(student.device.type),  # of the gathered weights: offloaded ones lie elsewhere
+        ):
             return Decoder(
                 student.model,
                 student.vocab_size,
@@ -122,23 +122,8 @@ def _check_request(
     sampling: Sampling,
     keys: Sequence[int],
 ) -> None:
-    if group_size < 1 or len(keys) != len(prompts) * group_size:
-        raise ValueError(
-            f"{len(keys)} keys for {len(prompts)} prompts with group_size {group_size}; expected one key per row"
-        )
     known = int(student.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {number} has no tokens; a completion needs at least one before it")
-        if min(prompt) < 0 or max(prompt) >= known:
-            raise ValueError(
-                f"prompt {number} has ids from {min(prompt)} to {max(prompt)}; the model knows 0 to {known - 1}"
-            )
-    for token in sampling.stop_token_ids or ():
-        if token >= student.vocab_size:
-            raise ValueError(
-                f"sampling.stop_token_ids names {token}, which is never sampled: ids end at {student.vocab_size - 1}"
-            )
+    check_request(prompts, group_size, sampling, keys, known_ids=known, vocab_size=student.vocab_size)
     limit = _learned_positions(student.model)
     needed = max(map(len, prompts), default=0) + sampling.max_tokens - 1  # the last token is never read
     if limit is not None and needed > limit:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kdrl_pl.experience import Experience
 from kdrl_pl.models.loading import check_model_path, load_tokenizer, stop_ids
+from kdrl_pl.models.quantization import check_quantization, quantization_arguments
 from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.sequences import group_batches, micro_batches, sharing_pays
 from kdrl_pl.stop_cell import CELL, cell_logprobs
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from kdrl_pl.models.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
-
-QUANTIZATIONS = ("8bit", "4bit")
 
 
 class FrozenTeacher:
@@ -57,8 +56,7 @@ class FrozenTeacher:
         max_tokens_per_micro_batch: int = 16384,
         report_error: bool = False,
     ) -> None:
-        if quantization is not None and quantization not in QUANTIZATIONS:
-            raise ValueError(f"teacher.quantization is {quantization!r}; expected null, {' or '.join(QUANTIZATIONS)}")
+        check_quantization("teacher.quantization", quantization)
         if max_tokens_per_micro_batch < 1:
             raise ValueError(
                 f"teacher.max_tokens_per_micro_batch is {max_tokens_per_micro_batch}; expected at least 1 token"
@@ -79,26 +77,18 @@ class FrozenTeacher:
             return
         if student_tokenizer is not None:
             check_same_tokenizer(student_tokenizer, load_tokenizer(self.path), self.path)
-        self.model = self._load_model(self.dtype, self._quantization_arguments(), device)
+        self.model = self._load_model(self.dtype, self.quantization, device)
 
-    def _load_model(self, dtype: str, quantization: dict | None, device: torch.device | str) -> LanguageModel:
+    def _load_model(self, dtype: str, quantization: str | None, device: torch.device | str) -> LanguageModel:
         from kdrl_pl.models.language_model import LanguageModel
 
-        if quantization is not None:
-            _quieten_bitsandbytes()
         model = LanguageModel.load(
-            self.path, dtype, attn_implementation=self.attn_implementation, quantization=quantization
+            self.path,
+            dtype,
+            attn_implementation=self.attn_implementation,
+            quantization=quantization_arguments(quantization, dtype, self.int8_threshold),
         )
         return model.eval().requires_grad_(False).to(device)
-
-    def _quantization_arguments(self) -> dict | None:
-        if self.quantization == "8bit":
-            return {"load_in_8bit": True, "llm_int8_threshold": self.int8_threshold}
-        if self.quantization == "4bit":
-            from kdrl_pl.models.loading import DTYPES
-
-            return {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": DTYPES[self.dtype]}
-        return None
 
     @torch.no_grad()
     def score(self, experience: Experience, asked: Tensor, *, hidden: bool = False) -> None:
@@ -195,11 +185,3 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
         f"{example!r} is id {ours.get(example)} for the student and {theirs.get(example)} for the teacher. "
         "Distillation compares probabilities of the same token ids; choose a teacher of the student's model family"
     )
-
-
-def _quieten_bitsandbytes() -> None:
-    """It warns on every matrix product on the CPU."""
-    import warnings
-
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", message="MatMul8bitLt")

@@ -1,0 +1,119 @@
+"""Peak bytes of one forward pass of the teacher, of one micro-batch of an update, and of the optimizer's step.
+
+All of them run the library's own code on models without numbers (live_bytes.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from kdrl_pl.estimate.live_bytes import LiveBytes, fake, nbytes
+from kdrl_pl.estimate.plan import Plan, model_tensors, shared
+from kdrl_pl.optim import make_optimizer
+
+
+@dataclass(frozen=True)
+class UpdateBytes:
+    """What an update takes on top of what is held.
+
+    Args:
+        gradients: of all trained weights.
+        activations: what the largest micro-batch needs beside complete gradients, at its peak.
+        first: peak of the first micro-batch, whose gradients arise while activations go; gradients included.
+        state: of the optimizer, from its first step on.
+        step: what a step takes for the moment.
+    """
+
+    gradients: int
+    activations: int
+    first: int
+    state: int
+    step: int
+
+
+def hidden_bytes(plan: Plan) -> int:
+    """Teacher's hidden states of all rows, kept from scoring to update by forms that read its vocabulary."""
+    if not keeps_hidden(plan):
+        return 0
+    weight = plan.module.teacher.head().weight
+    longest = plan.prompt_tokens + max(plan.response_tokens)
+    return plan.rows * longest * weight.shape[1] * weight.element_size()
+
+
+def keeps_hidden(plan: Plan) -> bool:
+    """Whether the objective reads the teacher's vocabulary at the first rollout."""
+    return plan.module.needs_teacher and plan.module.objective.reads_teacher_vocabulary(0)
+
+
+@torch.no_grad()
+def teacher_pass(plan: Plan) -> int:
+    """Bytes at the peak of the teacher's largest pass, on top of its weights."""
+    passes, model = plan.teacher_passes, plan.module.teacher.model
+    rows = plan.experience(passes.rows[0], passes.shares)
+    with LiveBytes(model_tensors(model)) as live:
+        model.token_logprobs(
+            rows.input_ids,
+            rows.response_mask,
+            rows.temperature,
+            return_hidden=keeps_hidden(plan),
+            shared=shared(rows, passes.shares),
+        )
+    return live.peak
+
+
+def update(plan: Plan) -> UpdateBytes:
+    """Bytes of the largest micro-batch and of the optimizer."""
+    module, passes = plan.module, plan.student_passes
+    teacher = None if module.teacher is None else module.teacher.model
+    rows = plan.experience(passes.rows[0], passes.shares)
+    held = model_tensors(module.student, teacher)
+    if keeps_hidden(plan):
+        head = module.teacher.head().weight
+        rows.teacher_hidden = fake((*rows.input_ids.shape, head.shape[1]), head.dtype, head)
+        held.append(rows.teacher_hidden)
+    module.student.train()
+    with LiveBytes(held) as live:
+        peaks = []
+        for _ in range(2):  # the second with gradients in place
+            live.restart()
+            with plan.precision():
+                loss = module.loss(rows, 0).loss
+                loss.backward()
+            del loss
+            peaks.append(live.peak)
+        trained = [parameter.grad for parameter in module.student.parameters() if parameter.grad is not None]
+        gradients = nbytes(trained)
+        state, step = _optimizer(plan, live)
+    for parameter in module.student.parameters():
+        parameter.grad = None
+    return UpdateBytes(gradients, peaks[1] - gradients, peaks[0], state, step)
+
+
+def _optimizer(plan: Plan, live: LiveBytes) -> tuple[int, int]:
+    """Bytes of the optimizer's state, and of what its step makes for the moment."""
+    optimizer = make_optimizer(plan.module.make_optimizer, plan.module.student)
+    for group in optimizer.param_groups:
+        if not plan.is_cpu and not group.get("fused") and group.get("foreach", 0) is None:
+            group["foreach"] = True  # PyTorch's choice on a GPU, which a tensor without numbers does not stand on
+    before = live.now
+    live.restart()
+    try:
+        optimizer.step()
+    except Exception:  # native code that wants numbers, as of bitsandbytes
+        return _measured_state(plan), 0
+    return live.now - before, live.peak - live.now
+
+
+def _measured_state(plan: Plan) -> int:
+    """State per weight of one real matrix, times the weights."""
+    matrix = torch.nn.Parameter(torch.ones(256, 256))
+    matrix.grad = torch.ones_like(matrix)
+    optimizer = plan.module.make_optimizer([matrix])
+    optimizer.step()
+    tensors = {id(value): value for value in optimizer.state[matrix].values() if isinstance(value, torch.Tensor)}
+    own = [value for value in tensors.values() if value.numel() > 256]  # code books are the same for all weights
+    scales = [value for name, value in optimizer.state[matrix].items() if "absmax" in name]
+    weights = sum(parameter.numel() for parameter in plan.module.student.parameters() if parameter.requires_grad)
+    return round(nbytes({id(value): value for value in [*own, *scales]}.values()) / matrix.numel() * weights)

@@ -1,0 +1,1 @@
+"""Pages made of run folders: the report of one run, the comparison of several, one rollout token by token."""

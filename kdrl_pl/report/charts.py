@@ -1,0 +1,213 @@
+"""Charts as inline SVG: vector paths whose colours the style sheet gives, so that they follow light and dark.
+
+Every chart says in words what it shows; pointing at a place shows the numbers there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+from kdrl_pl.report.curves import Curve, Point
+from kdrl_pl.report.html import Markup, element
+
+WIDTH, HEIGHT = 420, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 8, 8, 34
+_DOTS = 40  # a curve of at most so many points shows them
+
+
+def number(value: float, share: bool = False) -> str:
+    """A value in at most about six characters.
+
+    >>> number(0.1234567), number(1234567.0), number(0.125, share=True)
+    ('0.1235', '1.235e+06', '12.5 %')
+    """
+    return f"{100 * value:.3g} %" if share else f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "rollout", note: str = "") -> Markup:
+    """A figure with one line per curve, and a band between the extremes where a point stands for several rollouts.
+
+    Args:
+        title: of the figure.
+        curves: with at least one point each.
+        unit: of the values; "share" writes them as per cent.
+        counter: what the horizontal axis counts, "rollout" or "step".
+        note: a sentence below.
+    """
+    share = unit == "share"
+    points = [point for curve in curves for point in curve.points]
+    ticks = _ticks(*_range(min(p.low for p in points), max(p.high for p in points)), whole=False)
+    first, last = min(p.first for p in points), max(p.last for p in points)
+    x, y = _scale(first, last, _LEFT, WIDTH - _RIGHT), _scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    drawn = []
+    for i, curve in enumerate(curves):
+        if any(p.low < p.high for p in curve.points):
+            edge = [(x(p.x), y(p.high)) for p in curve.points] + [(x(p.x), y(p.low)) for p in reversed(curve.points)]
+            drawn.append(element("path", class_=f"band f{i}", d=_path(edge, close=True)))
+    for i, curve in enumerate(curves):
+        places = [(x(p.x), y(p.mean)) for p in curve.points]
+        if len(places) > 1:
+            drawn.append(element("path", class_=f"line s{i}", d=_path(places)))
+        if len(places) <= _DOTS:
+            drawn += [element("circle", class_=f"f{i}", cx=_round(a), cy=_round(b), r=2.4) for a, b in places]
+    axes = _axes(x, y, _ticks(first, last, whole=True), ticks, share, counter)
+    hits = _hits(curves, x, share, counter)
+    words = [_in_words(curve, share, counter) for curve in curves]
+    missing = [f"{curve.label}: {curve.missing} values were not finite" for curve in curves if curve.missing]
+    said = "; ".join(filter(None, [note, *missing]))
+    return _figure(title, "" if share else unit, [axes, drawn, hits], [c.label for c in curves], words, said)
+
+
+def share_chart(
+    title: str,
+    labels: Sequence[str],
+    spans: Sequence[tuple[float, float]],
+    shares: Sequence[Sequence[float]],
+    counter: str = "rollout",
+    note: str = "",
+) -> Markup:
+    """A figure with areas on top of each other that fill the height.
+
+    Args:
+        title: of the figure.
+        labels: of the areas, from below.
+        spans: (first, last) rollouts of each column.
+        shares: per column one share per label; they sum to 1.
+        counter, note: see `line_chart`.
+    """
+    first, last = spans[0][0], spans[-1][1]
+    x, y = _scale(first, last, _LEFT, WIDTH - _RIGHT), _scale(0.0, 1.0, HEIGHT - _BOTTOM, _TOP)
+    middles = [(a + b) / 2 for a, b in spans]
+    if len(spans) == 1:  # a column needs a width
+        middles, shares = [first - 0.5, last + 0.5], [shares[0], shares[0]]
+        x = _scale(first - 0.5, last + 0.5, _LEFT, WIDTH - _RIGHT)
+    drawn, hits = [], []
+    for i in range(len(labels)):
+        above = [(x(m), y(min(math.fsum(column[: i + 1]), 1.0))) for m, column in zip(middles, shares, strict=True)]
+        below = [(x(m), y(min(math.fsum(column[:i]), 1.0))) for m, column in zip(middles, shares, strict=True)]
+        drawn.append(element("path", class_=f"f{i}", d=_path([*above, *reversed(below)], close=True)))
+    for (a, b), column in zip(spans, shares, strict=False):
+        lines = [f"{label} {number(value, True)}" for label, value in zip(labels, column, strict=True)]
+        hits.append(_hit(x(a), x(b), [f"{_span(a, b, counter)}", *reversed(lines)]))
+    axes = _axes(x, y, _ticks(first, last, whole=True), [0.0, 0.25, 0.5, 0.75, 1.0], True, counter)
+    totals = [math.fsum(column[i] for column in shares) / len(shares) for i in range(len(labels))]
+    words = [f"{label} {number(total, True)} on average" for label, total in zip(labels, totals, strict=True)]
+    return _figure(title, "", [drawn, axes, hits], labels, words, note)
+
+
+def _figure(
+    title: str, unit: str, content: object, labels: Sequence[str], words: Sequence[str], note: str
+) -> Markup:
+    image = element(
+        "svg",
+        element("title", title),
+        element("desc", "; ".join(words)),
+        content,
+        viewBox=f"0 0 {WIDTH} {HEIGHT}",
+        role="img",
+    )
+    keys = [
+        element("li", element("span", class_=f"key b{i}", aria_hidden="true"), label) for i, label in enumerate(labels)
+    ]
+    return element(
+        "figure",
+        element("h3", title, element("span", f" [{unit}]", class_="note") if unit else None),
+        image,
+        element("ul", keys, class_="legend"),
+        element("figcaption", note) if note else None,
+    )
+
+
+def _axes(
+    x: Callable[[float], float],
+    y: Callable[[float], float],
+    columns: Iterable[float],
+    rows: Iterable[float],
+    share: bool,
+    counter: str,
+) -> list[Markup]:
+    drawn = []
+    for value in rows:
+        place = _round(y(value))
+        drawn.append(element("path", class_="grid", d=f"M{_LEFT} {place}H{WIDTH - _RIGHT}"))
+        label = number(value, share).replace(" %", "%")
+        drawn.append(element("text", label, x=_LEFT - 6, y=_round(y(value) + 4), text_anchor="end"))
+    for value in columns:
+        place = _round(x(value))
+        drawn.append(element("path", class_="grid", d=f"M{place} {HEIGHT - _BOTTOM}v4"))
+        anchor = "middle" if x(value) < WIDTH - 24 else "end"
+        drawn.append(element("text", f"{value:g}", x=place, y=HEIGHT - _BOTTOM + 16, text_anchor=anchor))
+    drawn.append(element("text", f"{counter}s", x=(_LEFT + WIDTH) // 2, y=HEIGHT - 4, text_anchor="middle"))
+    return drawn
+
+
+def _hits(curves: Sequence[Curve], x: Callable[[float], float], share: bool, counter: str) -> list[Markup]:
+    """Invisible columns that show the numbers of all curves at their place."""
+    at: dict[float, list[tuple[str, Point]]] = {}
+    for curve in curves:
+        for point in curve.points:
+            at.setdefault(point.x, []).append((curve.label, point))
+    hits = []
+    for place in sorted(at):
+        first, last = min(p.first for _, p in at[place]), max(p.last for _, p in at[place])
+        lines = [_span(first, last, counter)]
+        for label, p in at[place]:
+            extremes = f" ({number(p.low, share)} to {number(p.high, share)})" if p.low < p.high else ""
+            lines.append(f"{label} {number(p.mean, share)}{extremes}")
+        hits.append(_hit(x(first), x(last), lines))
+    return hits
+
+
+def _hit(left: float, right: float, lines: Sequence[str]) -> Markup:
+    place = {"x": _round(left - 1.5), "width": _round(right - left + 3), "y": _TOP, "height": HEIGHT - _TOP - _BOTTOM}
+    return element("rect", element("title", "\n".join(lines)), class_="hit", **place)
+
+
+def _span(first: float, last: float, counter: str) -> str:
+    return f"{counter} {first:g}" if first == last else f"{counter}s {first:g} to {last:g}"
+
+
+def _in_words(curve: Curve, share: bool, counter: str) -> str:
+    start, end = curve.points[0], curve.points[-1]
+    low, high = min(p.low for p in curve.points), max(p.high for p in curve.points)
+    return (
+        f"{curve.label}: {number(start.mean, share)} at {_span(start.first, start.last, counter)}, "
+        f"{number(end.mean, share)} at {_span(end.first, end.last, counter)}, "
+        f"from {number(low, share)} to {number(high, share)}"
+    )
+
+
+def _range(low: float, high: float) -> tuple[float, float]:
+    """What the vertical axis shows: from 0 where the values come near it, never nothing."""
+    if 0 < low <= high / 2 or low == high > 0:
+        low = 0.0
+    if low == high:
+        low, high = low - 1.0, high + 1.0
+    return low, high
+
+
+def _ticks(low: float, high: float, whole: bool) -> list[float]:
+    """About four round numbers; from the last below `low` to the first above `high`, or between them if `whole`."""
+    step = 10.0 ** math.floor(math.log10((high - low) / 4)) if high > low else 1.0
+    step = next(step * m for m in (1, 2, 5, 10, 20) if step * m * 5 >= high - low)
+    if whole:
+        step = max(step, 1.0)
+        return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    tolerance = 1e-9
+    start, end = math.floor(low / step + tolerance), math.ceil(high / step - tolerance)
+    return [round(i * step, 12) for i in range(start, end + 1)]
+
+
+def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    if high == low:
+        return lambda value: (start + end) / 2
+    return lambda value: start + (value - low) / (high - low) * (end - start)
+
+
+def _path(places: Sequence[tuple[float, float]], close: bool = False) -> str:
+    return "M" + "L".join(f"{_round(a)} {_round(b)}" for a, b in places) + ("Z" if close else "")
+
+
+def _round(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")

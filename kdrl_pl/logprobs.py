@@ -1,7 +1,7 @@
-"""Log-probs from hidden states and output head, a chunk of positions at a time: no (B, T, V) logits in memory.
+"""Log-probs from hidden states and output head, in pieces: no (B, T, V) logits in memory.
 
-Each chunk is recomputed in the backward pass, so memory holds one chunk of logits, whatever the number of tokens and
-the size of the vocabulary. Where one chunk is enough it is kept: that saves a quarter of the head's arithmetic.
+Pieces are computed again in the backward pass (`chunked_head`), so memory holds one of them, whatever the number of
+tokens and the size of the vocabulary. What fits into one piece is kept: that saves a quarter of the head's arithmetic.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 2**24  # logits per chunk, 64 MB of fp32: 110 positions over 152,000 words
+from kdrl_pl.chunked_head import Reading, Readings, TokenLogprobs, compute_dtype, logits_of
+
+CHUNK = 2**24  # logits at a time, 64 MB of fp32: 110 positions over 152,000 words
 
 
 @dataclass
@@ -39,26 +40,39 @@ class Head:
     """A model's output head with its own logit transform, cut to the tokenizer's vocabulary.
 
     Args:
-        weight: (V, H).
-        bias: (V,) or None.
+        weight: (rows, H).
+        bias: (rows,) or None.
         scale: logits are multiplied by it (Cohere, Granite).
         softcap: logits become softcap * tanh(logits / softcap) (Gemma 2); None is off.
+        size: V*, words are the first rows; None takes all. Not cut off beforehand: the gradient of a slice would be
+            one more matrix of the head's size.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    size: int | None = None
+
+    @property
+    def words(self) -> int:
+        """V*."""
+        return self.weight.shape[0] if self.size is None else self.size
 
     def logprobs(self, hidden: Tensor, temperature: float) -> Tensor:
         """(N, V) float32 log-probs in nats of hidden states (N, H) at a sampling temperature."""
-        logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        whole = self.words == self.weight.shape[0]  # a slice of everything is a slice all the same to autograd
+        weight = self.weight if whole else self.weight[: self.words]
+        bias = self.bias if whole or self.bias is None else self.bias[: self.words]
+        return self.transformed(logits_of(hidden, weight, bias, compute_dtype(weight)), temperature)
+
+    def transformed(self, logits: Tensor, temperature: float) -> Tensor:
+        """(N, V) log-probs of the float32 product (N, V) of hidden states and weight."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return (logits / temperature).log_softmax(-1)
+        return (logits if temperature == 1.0 else logits / temperature).log_softmax(-1)
 
 
 @dataclass
@@ -91,26 +105,27 @@ def token_scores(
         teacher_head: the teacher's head.
     """
 
-    def score(h: Tensor, weight: Tensor, bias: Tensor | None, t: Tensor, teacher_h: Tensor | None) -> tuple:
-        logprobs = Head(weight, bias, head.scale, head.softcap).logprobs(h, temperature)  # (n, V)
-        token = logprobs.gather(1, t[:, None])[:, 0]
-        if read is None:
-            return token, {}
-        with torch.no_grad():
-            of_teacher = None if teacher_h is None else teacher_head.logprobs(teacher_h, temperature)
-        return token, read(Vocabulary(logprobs, t, of_teacher))
+    words = head.words
+    if read is None and head.softcap is None and len(tokens) * words > CHUNK:
+        block = max(CHUNK // len(tokens), 1)
+        factor = head.scale / temperature
+        return TokenScores(TokenLogprobs.apply(hidden, head.weight, head.bias, tokens, factor, words, block))
+    names: list[str] = []
 
-    chunks = []
-    words = head.weight.shape[0]
-    size = max(CHUNK // words, 1)
-    recompute = torch.is_grad_enabled() and len(tokens) > size
-    parts = hidden.split(size), tokens.split(size)
-    of_teacher = [None] * len(parts[0]) if teacher_hidden is None else teacher_hidden.split(size)
-    for hidden_part, tokens_part, teacher_part in zip(*parts, of_teacher, strict=True):
-        arguments = (hidden_part, head.weight, head.bias, tokens_part, teacher_part)
-        if recompute:
-            chunks.append(checkpoint(score, *arguments, use_reentrant=False, preserve_rng_state=False))
-        else:
-            chunks.append(score(*arguments))
-    logprobs, readings = zip(*chunks, strict=True)
-    return TokenScores(torch.cat(logprobs), {name: torch.cat([r[name] for r in readings]) for name in readings[0]})
+    def of_logprobs(logprobs: Tensor, rows: slice) -> list[Tensor]:
+        readings = {}
+        if read is not None:
+            with torch.no_grad():
+                of_teacher = None if teacher_hidden is None else teacher_head.logprobs(teacher_hidden[rows], temperature)
+            readings = read(Vocabulary(logprobs, tokens[rows], of_teacher))
+        names[:] = readings
+        return [logprobs.gather(1, tokens[rows, None])[:, 0], *readings.values()]
+
+    if len(tokens) * words <= CHUNK:
+        scores = of_logprobs(head.logprobs(hidden, temperature), slice(None))
+    else:
+        reading = Reading(
+            lambda logits, rows: of_logprobs(head.transformed(logits, temperature), rows), max(CHUNK // words, 1), words
+        )
+        scores = Readings.apply(hidden, head.weight, head.bias, reading)
+    return TokenScores(scores[0], dict(zip(names, scores[1:], strict=True)))

@@ -62,6 +62,7 @@ METRICS: dict[str, str] = {
     "with distillation.estimator top_k [share]",
     "teacher/kd_tokens": "response tokens with a distillation weight other than 0 [share]",
     "teacher/logprob": "teacher's log-prob of the student's tokens, mean over response tokens it scored [nats]",
+    "teacher/cache_hits": "rows it was asked about whose log-probs lay on disk; only with model.teacher.cache [share]",
     "reference/kl": "KL(student ‖ reference), mean over response tokens, estimated by ρ·(−d), d to the reference: "
     "unbiased; single rollouts can be negative; only with ReferenceKL [nats]",
     "reference/kl_k3": "the same by ρ·(exp(d) − d − 1): unbiased too, never negative [nats]",

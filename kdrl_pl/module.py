@@ -41,12 +41,12 @@ from kdrl_pl.models.language_model import LanguageModel
 from kdrl_pl.models.loading import load_tokenizer, stop_ids
 from kdrl_pl.models.reference import Reference
 from kdrl_pl.optim import default_optimizer, make_optimizer, set_learning_rate
-from kdrl_pl.parallel import all_reduce_sum, check_strategy, world_size
+from kdrl_pl.parallel import all_reduce_sum, check_strategy, give_way, world_size
 from kdrl_pl.passes import logprobs_of, pass_rows, shared_prompts
 from kdrl_pl.sampler_check import SamplerCheck
 from kdrl_pl.saved_state import base_of, check_adapter, keep_trained, restore, state_of
 from kdrl_pl.schedules import Schedule, as_schedule
-from kdrl_pl.scoring import ask_ahead, fill_in
+from kdrl_pl.scoring import ask, ask_ahead, fill_in
 from kdrl_pl.sequences import update_rows
 from kdrl_pl.soundness import refuse_unsound
 from kdrl_pl.stop_cell import stop_cell
@@ -186,17 +186,24 @@ class KDRLModule(LightningModule):
                 gradient_checkpointing=self.gradient_checkpointing,
                 adapter=self.adapter,
             ).train()
+            if self.adapter is not None:
+                self._lend_base()
+
+    def _lend_base(self) -> None:
+        """An adapted student is its own reference, and teacher if wanted, with another adapter or none."""
+        if self.reference is not None:
+            self.reference.lean_on(self.student)
+        if isinstance(self.teacher, BaseTeacher):
+            self.teacher.lean_on(self.student, self.student_path, base_of(self))
 
     def setup(self, stage: str) -> None:
         """Lightning's hook: load teacher and reference onto this rank's device, if anything needs them."""
         if self._trainer is not None:
             check_strategy(type(self.trainer.strategy).__name__)
-        if isinstance(self.teacher, BaseTeacher):
-            self.teacher.lean_on(self.student, self.student_path, base_of(self))
         if self.needs_teacher if stage == "fit" else self.teacher is not None and self.evaluate_kl:
             self.teacher.load(self.device, load_tokenizer(self.student_path))
-        if stage == "fit" and self.reference is not None:
-            self.reference.load(self.device, None if self.adapter is None else self.student)
+        if stage == "fit" and self.reference is not None and self.adapter is None:
+            self.reference.load(self.device)
 
     def on_fit_start(self) -> None:
         """Refuse training prompts that the competence gate has not heard of, before the first rollout."""
@@ -408,10 +415,11 @@ class KDRLModule(LightningModule):
     @torch.no_grad()
     def _kl_to_teacher(self, experience: Experience) -> Tensor | None:
         """(B, 2) float64: sum of `logprobs - teacher_logprobs` over the response, and its tokens; or None."""
-        if self.teacher is None or self.teacher.model is None or not self.evaluate_kl:
+        if self.teacher is None or not self.teacher.is_loaded or not self.evaluate_kl:
             return None
         experience.stop_cell = self.stop_cell
-        self.teacher.score(experience, experience.response_mask)
+        ask(self, experience, experience.response_mask)
+        give_way(experience.device)
         ours = self.student_logprobs(experience, of_cells=True)
         gap = inside(ours - experience.teacher_logprobs, experience.response_mask)
         return torch.stack([gap.double().sum(1), experience.response_lengths.double()], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -12,9 +13,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from kdrl_pl import signals
+from kdrl_pl.errors import GivenUp
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
+
+log = logging.getLogger(__name__)
 
 
 def world_size() -> int:
@@ -32,7 +36,7 @@ def check_strategy(strategy: str) -> None:
         ValueError: it is none of one device, DDP and our FSDP2.
     """
     name = strategy.rpartition(".")[2]
-    if name in ("auto", "SingleDeviceStrategy", "FSDP2Strategy") or name.lower().startswith("ddp"):
+    if name in ("auto", "SingleDeviceStrategy", "fsdp2", "FSDP2Strategy") or name.lower().startswith("ddp"):
         return
     reason = "it has not been tried with rollouts in the training process"
     if "fsdp" in name.lower():
@@ -40,8 +44,8 @@ def check_strategy(strategy: str) -> None:
     elif name == "ModelParallelStrategy":
         reason = "its checkpoints can tear, and of what it offers beyond FSDP2 tensor parallelism has not been tried"
     raise ValueError(
-        f"trainer.strategy is {name}: {reason}. Use auto (one device), ddp (a whole student on each device) or "
-        "kdrl_pl.fsdp2.FSDP2Strategy (the student cut over the devices: configs/trainer/fsdp2.yaml)"
+        f"trainer.strategy is {name}: {reason}. Use auto (one device), ddp (a whole student on each device) or fsdp2 "
+        "(the student cut over the devices: configs/trainer/fsdp2.yaml)"
     )
 
 
@@ -77,15 +81,24 @@ def all_reduce_max(value: int, device: torch.device | str) -> int:
 
 
 def give_way(device: torch.device | str) -> None:
-    """Ask whether a signal reached any process; every process calls this at the same place.
+    """Ask whether a signal reached any process, or one gave up; every process calls this at the same place.
 
     Args:
         device: where the process group works (NCCL: this rank's GPU).
 
     Raises:
-        Preempted: it did; every process raises it.
+        Preempted: a signal did; every process raises it.
+        GivenUp: one gave up (on rank 0; the others end as for a signal, silently).
     """
     signum = all_reduce_max(signals.received(), device)
+    if signum == signals.GAVE_UP:
+        why = signals.reason()
+        signals.forget()
+        if rank() == 0:
+            raise GivenUp(why or "another rank cannot go on; it has said why")
+        if why:
+            log.error("rank %d cannot go on: %s", rank(), why)
+        signum = signals.SIGNALS[0]
     if signum:
         raise signals.Preempted(signum, rank())
 

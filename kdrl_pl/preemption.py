@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from kdrl_pl import signals
+from kdrl_pl.errors import GivenUp
 from kdrl_pl.parallel import give_way
 
 
@@ -16,7 +17,8 @@ class Preemption(Callback):
     The checkpoint it leaves is the boundary before the interrupted rollout, so that a resumed run equals one that was
     never interrupted. It makes no difference which rank gets the signal (with `RankWatch`, without it the others finish
     their rollouts first). The exit status is 143 for SIGTERM and 130 for SIGINT; a second SIGINT ends at once, without
-    a checkpoint. Put it behind the callbacks that write: it speaks up last in `on_train_batch_end`.
+    a checkpoint. A rank that cannot go on, because its teacher is gone, stops the run in the same way, with its error.
+    Put it behind the callbacks that write: it speaks up last in `on_train_batch_end`.
     """
 
     def _catch(self, trainer: Any, pl_module: Any) -> None:
@@ -30,7 +32,7 @@ class Preemption(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Save, on every rank at once."""
-        if not isinstance(exception, signals.Preempted):
+        if not isinstance(exception, signals.Preempted | GivenUp):
             return
         checkpoints = next((c for c in trainer.callbacks if hasattr(c, "save_last")), None)
         if trainer.state.fn != "fit" or trainer.sanity_checking or checkpoints is None:
@@ -38,7 +40,8 @@ class Preemption(Callback):
         else:
             told = f"saved {checkpoints.save_last(trainer, pl_module)}"
         if trainer.is_global_zero:
-            print(f"stopped by {exception.name}: {told}", flush=True)
+            by = f" by {exception.name}" if isinstance(exception, signals.Preempted) else ""
+            print(f"stopped{by}: {told}", flush=True)
         signals.forget()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from lightning.pytorch import Callback
 
 from kdrl_pl import signals
+from kdrl_pl.errors import GivenUp
 
 _SIGNAL, _FAILURE = "kdrl_pl/signal", "kdrl_pl/failure"
 POLL = 0.1  # seconds between two looks at the board
@@ -68,7 +69,7 @@ class RankWatch(Callback):
         if trainer.world_size == 1:
             return
         self._stop()
-        if isinstance(exception, signals.Preempted):  # all ranks raise it
+        if isinstance(exception, signals.Preempted | GivenUp):  # all ranks stop at the same place
             return
         mine = str(trainer.global_rank)
         try:

@@ -105,7 +105,9 @@ def rollout_rows(
     """One row per completion, for `RolloutFiles.write` and for `kdrl predict`.
 
     Log-probs are in nats, one number per entry of `response_ids`, rounded to 6 significant digits; null when the run
-    has none. `prompt_ids` and `response_ids` go back into `Experience.from_rows`. `teacher` is there where one was named.
+    has none. `token_weight` and `kd_weights` (one per entry of `response_ids`; 0 = not distilled) are what the loss
+    multiplies its two halves by; null in evaluation. `prompt_ids` and `response_ids` go back into
+    `Experience.from_rows`. `teacher` is there where one was named.
 
     Args:
         rollout: its number.
@@ -132,6 +134,7 @@ def rollout_rows(
             for name in ("behavior_logprobs", "old_logprobs", "teacher_logprobs")
             for values in [getattr(rows, name)]
         }
+        distilled = None if rows.kd_weights is None else rows.kd_weights[i][sampled].tolist()
         yield {
             "rollout": rollout,
             "uid": uid,
@@ -146,6 +149,8 @@ def rollout_rows(
             "prompt_ids": rows.input_ids[i][rows.attention_mask[i] & ~sampled].tolist(),
             "response_ids": rows.input_ids[i][sampled].tolist(),
             **logprobs,
+            "token_weight": None if rows.token_weights is None else _six_digits(rows.token_weights[i]),
+            "kd_weights": None if distilled is None else [float(f"{weight:.4g}") for weight in distilled],
             **({"teacher": rows.teachers[i]} if rows.teachers[i] else {}),
         }
 

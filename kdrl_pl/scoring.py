@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kdrl_pl import phases
+from kdrl_pl import phases, signals
 from kdrl_pl.advantages import group_advantages
+from kdrl_pl.errors import TeacherLost
 from kdrl_pl.experience import Experience
 from kdrl_pl.losses.weights import experience_weights
-from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, world_size
+from kdrl_pl.parallel import all_reduce_max, all_reduce_sum, give_way, world_size
 from kdrl_pl.sequences import sharing_pays, update_rows
 
 if TYPE_CHECKING:
@@ -60,11 +61,13 @@ def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int
     phases.begin("teacher")
     started = time.perf_counter()
     experience.teacher_mask = asked
-    if bool(asked.any()):
+    is_asked = all_reduce_max(int(asked.any()), experience.device)  # a teacher may be cut over the ranks: all or none
+    if is_asked:
         experience.stop_cell = module.stop_cell
-        module.teacher.score(experience, asked, hidden=module.objective.reads_teacher_vocabulary(rollout))
+        ask(module, experience, asked, hidden=module.objective.reads_teacher_vocabulary(rollout))
     else:
         experience.teacher_logprobs = torch.zeros(asked.shape, device=asked.device)
+    give_way(experience.device)
     if metrics is not None:
         total, tokens = float(experience.teacher_logprobs.sum()), float(asked.sum())  # waits for a GPU
         seconds = time.perf_counter() - started
@@ -72,6 +75,17 @@ def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int
         if tokens:
             read = float(experience.attention_mask[asked.any(1)].sum())
             metrics["perf/teacher_tokens_per_s"] = (read, seconds)
+        if is_asked:
+            metrics.update(module.teacher.score_metrics)
+
+
+def ask(module: KDRLModule, experience: Experience, asked: Tensor, hidden: bool = False) -> None:
+    """`teacher.score`; where the teacher is lost, zeros, and the ranks stop at the `give_way` that must follow."""
+    try:
+        module.teacher.score(experience, asked, hidden=hidden)
+    except TeacherLost as error:
+        signals.give_up(str(error))
+        experience.teacher_logprobs = torch.zeros(asked.shape, device=asked.device)
 
 
 def _share_prompts(module: KDRLModule, experience: Experience) -> bool:
@@ -112,7 +126,8 @@ def _shaped_rewards(module: KDRLModule, experience: Experience, rollout: int) ->
     experience.stop_cell, ours = module.stop_cell, experience.old_logprobs
     if experience.stop_cell:
         ours = module.student_logprobs(experience, of_cells=True)
-    module.teacher.score(experience, experience.response_mask)
+    ask(module, experience, experience.response_mask)
+    give_way(experience.device)
     return module.reward_shaping(
         experience.rewards,
         ours,

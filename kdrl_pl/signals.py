@@ -7,8 +7,10 @@ import threading
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+GAVE_UP = 255  # in place of a signal: this process cannot go on, and all are to stop as for one
 
 _received = 0
+_reason = ""
 
 
 class Preempted(SystemExit):
@@ -38,8 +40,8 @@ def catch() -> None:
 
 def forget() -> None:
     """As if nothing had arrived."""
-    global _received
-    _received = 0
+    global _received, _reason
+    _received, _reason = 0, ""
 
 
 def received() -> int:
@@ -51,6 +53,18 @@ def note(signum: int) -> None:
     """Another rank got this signal."""
     global _received
     _received = _received or signum
+
+
+def give_up(why: str) -> None:
+    """This process cannot go on: at the next `parallel.give_way` all stop, unless a signal stops them anyway."""
+    global _reason
+    note(GAVE_UP)
+    _reason = _reason or why
+
+
+def reason() -> str:
+    """Why this process gave up; empty if it did not."""
+    return _reason
 
 
 def should_stop() -> bool:

@@ -66,6 +66,11 @@ def refuse_unsound(
         "BaseTeacher is the student without its adapter, and there is none; set model.adapter, or name the folder of "
         "the starting student: model.teacher: {class_path: kdrl_pl.teacher.FrozenTeacher, init_args: {path: FOLDER}}",
     )
+    readers = [name for name, term in objective.terms.items() if term.reads_teacher_vocabulary]
+    _refuse(
+        bool(readers) and teacher is not None and teacher.whole_vocabulary is not None,
+        f"{' and '.join(readers)} read the teacher's whole vocabulary: {teacher and teacher.whole_vocabulary}",
+    )
     whole = [name for name, term in objective.terms.items() if isinstance(term, WholeUpdate)]
     _refuse(len(whole) > 1, f"{' and '.join(whole)} each look at all rows of an update; keep one of them")
     references = [term for term in objective.terms.values() if isinstance(term, ReferenceKL)]

@@ -60,7 +60,7 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
         sums.add(f"train/{name}", 0.0, 1.0 / world_size())
     if is_first and batch.sampler_is_exact:
         of_trainer = "bfloat16" if "bf16" in str(module.trainer.precision) else module.dtype_name
-        module.sampler_check.run(sums, module.device, batch.sampler_dtype or of_trainer)
+        module.sampler_check.run(sums, module.device, of_trainer, batch.sampler_dtype)
     if not passes:
         module.skipped_steps += 1
         log.warning("step skipped: no row carries a signal: all rewards are equal and nothing is distilled")

@@ -61,7 +61,7 @@ FLOORS = {
         "sft",
         "updates",
     ],
-    "top": ["", "__main__", "cli.", "study.", "teacher.server"],
+    "top": ["", "__main__", "cli.", "doctor.", "study.", "teacher.server"],
 }
 ORDER = list(FLOORS)
 # A neighbour of the lightning floor meets the others in the batch and on the Trainer; these are parts of one thing.

@@ -1,6 +1,6 @@
 """One update has one gradient: however its rows are cut into micro-batches and dealt to processes, through Trainer.fit.
 
-Run as a script, this file is one process of the two-process runs: `test_invariance.py STUDENT TEACHER FOLDER`.
+Run as a script, this file is one process of the two-process runs: `test_invariance.py STUDENT TEACHER FOLDER STRATEGY`.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_run import EvenSum, fit, make_data, make_module, make_rollouts, metrics_rows, weights_of
+from tiny_run import EvenSum, fit, make_data, make_module, make_rollouts, metrics_rows, weights_of, whole
 
 from kdrl_pl.checkpoint import find_checkpoint
 from kdrl_pl.data.curriculum import Curriculum
@@ -58,7 +58,7 @@ class Gradients(Callback):
         self.seen = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.seen.append(torch.cat([p.grad.double().flatten() for p in module.student.parameters()]))
+        self.seen.append(torch.cat([whole(p.grad).double().flatten() for p in module.student.parameters()]))
 
 
 def distance(a, b):
@@ -238,9 +238,10 @@ def run_all(student: str, teacher: str, folder: Path, **trainer) -> None:
             after=[gradients],
             **trainer,
         )
+        weights = weights_of(module)
         if made.is_global_zero:
             (target / "rows.json").write_text(json.dumps(module.forward_rows))
-            torch.save({"gradients": gradients.seen, "weights": weights_of(module)}, target / "end.pt")
+            torch.save({"gradients": gradients.seen, "weights": weights}, target / "end.pt")
 
 
 def resume_one(student: str, teacher: str, folder: Path, **trainer) -> None:
@@ -250,27 +251,32 @@ def resume_one(student: str, teacher: str, folder: Path, **trainer) -> None:
         resume = find_checkpoint(folder / "resumed") if rollouts == ROLLOUTS else None
         made = fit(folder / "resumed", module, max_rollouts=rollouts, val_check_interval=2, resume=resume, **trainer)
         made.strategy.barrier()
+    weights = weights_of(module)
     if made.is_global_zero:
-        torch.save(weights_of(module), folder / "resumed" / "end.pt")
+        torch.save(weights, folder / "resumed" / "end.pt")
 
 
-@pytest.fixture(scope="module")
-def one_and_two(tiny_models, tmp_path_factory):
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def one_and_two(request, one, tiny_models, tmp_path_factory):
     """Folders of the same runs on one process and on two."""
     folder = tmp_path_factory.mktemp("processes")
     root = str(Path(__file__).parents[1])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "KDRL_TEST_RANKS": "2", "PYTHONPATH": root}
-    command = [sys.executable, __file__, *tiny_models]
-    process = subprocess.run(
-        [*command, str(folder / "two")], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, __file__, *tiny_models, str(folder), request.param]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0, process.stderr[-4000:]
-    sys_argv, sys.argv = sys.argv, command[1:]
+    return one, folder
+
+
+@pytest.fixture(scope="module")
+def one(tiny_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("process")
+    sys_argv, sys.argv = sys.argv, [__file__, *tiny_models]
     try:
-        run_all(*tiny_models, folder / "one")
+        run_all(*tiny_models, folder)
     finally:
         sys.argv = sys_argv
-    return folder / "one", folder / "two"
+    return folder
 
 
 @pytest.mark.distributed
@@ -310,6 +316,7 @@ def test_two_processes_resume_bit_for_bit(one_and_two):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    processes = {"strategy": "ddp", "devices": int(os.environ["KDRL_TEST_RANKS"])}
-    run_all(sys.argv[1], sys.argv[2], Path(sys.argv[3]), **processes)
-    resume_one(sys.argv[1], sys.argv[2], Path(sys.argv[3]), **processes)
+    student, teacher, to, how = sys.argv[1:]
+    processes = {"strategy": how, "devices": int(os.environ["KDRL_TEST_RANKS"])}
+    run_all(student, teacher, Path(to), **processes)
+    resume_one(student, teacher, Path(to), **processes)

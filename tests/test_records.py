@@ -233,11 +233,23 @@ def test_rollout_rows(tmp_path: Path) -> None:
         "behavior_logprobs": [-0.123457, -1e-09],
         "old_logprobs": None,
         "teacher_logprobs": None,
+        "token_weight": None,
+        "kd_weights": None,
     }
     assert rows[1]["behavior_logprobs"] == [-12.3457] and rows[1]["parts"] == {"format": None} and rows[1]["truncated"]
     assert (rows[2]["prompt"], rows[2]["reward"]) == ("12+3=", 0.333333)
     assert rows[3]["response_ids"] == [0, 0] and rows[3]["behavior_logprobs"] == [0.0, None]
     assert rows[3]["reward"] is None
+
+
+def test_rows_that_were_trained_on_say_with_what_weight() -> None:
+    rows = experience()
+    rows.token_weights = torch.tensor([0.25, 0.25, 1 / 3, 0.0])
+    rows.kd_weights = torch.where(rows.response_mask, torch.tensor([[2.0], [0.0], [1 / 3], [1.0]]), 0.0)
+    first, masked, third, dropped = rollout_rows(0, rows, PROMPTS, [""] * 4)
+    assert (first["token_weight"], first["kd_weights"]) == (0.25, [2.0, 2.0])
+    assert masked["kd_weights"] == [0.0] and dropped["token_weight"] == 0.0
+    assert (third["token_weight"], set(third["kd_weights"])) == (0.333333, {0.3333})
 
 
 def test_rollout_rows_go_back_into_an_experience() -> None:

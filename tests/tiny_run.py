@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Callback, Trainer
 
+from kdrl_pl import fsdp2  # noqa: F401 - the strategy of that name
 from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints
 from kdrl_pl.cli.lightning import TRAINER_DEFAULTS
 from kdrl_pl.data.datamodule import PromptDataModule
@@ -133,4 +134,9 @@ def rollout_files(folder: Path) -> dict[str, str]:
 
 
 def weights_of(module: KDRLModule) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
+    """Every rank calls it: sharded ones are gathered."""
+    return {name: whole(value).detach().clone() for name, value in module.state_dict().items()}
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
+from kdrl_pl.__main__ import COMMANDS
 from kdrl_pl.cli.imports import allow_imports
 from kdrl_pl.cli.lightning import RunCLI
 from kdrl_pl.data.datamodule import PromptDataModule
@@ -17,7 +18,9 @@ from kdrl_pl.files import JSONLines
 from kdrl_pl.module import KDRLModule
 from kdrl_pl.progress import Progress
 from kdrl_pl.records import rollout_rows
+from kdrl_pl.report.callback import ReportWriter, ValidationSamples
 from kdrl_pl.rollout.callback import RolloutCallback
+from kdrl_pl.view.closing import closing, say
 
 
 class KDRLCLI(RunCLI):
@@ -28,11 +31,20 @@ class KDRLCLI(RunCLI):
         super().add_arguments_to_parser(parser)
         parser.add_lightning_class_args(RolloutCallback, "rollout")
 
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks += [ValidationSamples(), ReportWriter()]
+        return trainer
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_argument("--output", type=str, default="predictions.jsonl", help="JSONL file to write")
         return parser
+
+    def after_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            say(closing(self.folder, [name for name in ("export", "report") if name in COMMANDS]))
 
     def before_predict(self) -> None:
         trainer: Any = self.trainer
@@ -78,6 +90,18 @@ class PredictionWriter(Callback):
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Parse and run one of the four commands."""
+    """Parse and run one of the four commands.
+
+    Raises:
+        ValueError: `--dry-run` was given to another command than fit.
+    """
+    instead = None
+    if "--dry-run" in arguments:
+        if command != "fit":
+            raise ValueError(f"--dry-run is for kdrl fit; kdrl {command} trains nothing")
+        arguments = [argument for argument in arguments if argument != "--dry-run"]
+        from kdrl_pl.cli.dry_run import dry_run
+
+        instead = dry_run
     sys.path.insert(0, "")  # a user's own module beside the config, once --allow-import names it
-    KDRLCLI(KDRLModule, PromptDataModule, command=command, arguments=allow_imports(arguments))
+    KDRLCLI(KDRLModule, PromptDataModule, command=command, arguments=allow_imports(arguments), instead=instead)

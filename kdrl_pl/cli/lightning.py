@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from kdrl_pl import fsdp2  # noqa: F401 - makes `--trainer.strategy fsdp2` known
 from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint, has_checkpoints, run_of
 from kdrl_pl.cli.configs import merge_configs
 from kdrl_pl.cli.errors import SettingsError, explain
@@ -60,13 +62,21 @@ class RunCLI(LightningCLI):
         data_class: the LightningDataModule of section `data`.
         command: the subcommand.
         arguments: what follows it on the command line.
+        instead: called with this object, everything built, instead of the subcommand; nothing is written.
     """
 
     trainer_defaults_of_command: dict[str, Any] = TRAINER_DEFAULTS
 
-    def __init__(self, model_class: type, data_class: type, command: str, arguments: list[str]) -> None:
+    def __init__(
+        self,
+        model_class: type,
+        data_class: type,
+        command: str,
+        arguments: list[str],
+        instead: Callable[[RunCLI], None] | None = None,
+    ) -> None:
         keep_hash_text()
-        self.command = command
+        self.command, self.instead = command, instead
         self.resume_anyway = "--resume-anyway" in arguments
         arguments = [argument for argument in arguments if argument != "--resume-anyway"]
         self.resume = _take_resume(arguments)
@@ -173,7 +183,7 @@ class RunCLI(LightningCLI):
 
     def _logger(self) -> Any:
         """TensorBoard in the run folder, when it is installed; metrics.jsonl is written always."""
-        if self.subcommand != "fit":
+        if self.subcommand != "fit" or self.instead is not None:
             return False
         try:
             import tensorboard  # noqa: F401
@@ -182,6 +192,12 @@ class RunCLI(LightningCLI):
         from lightning.pytorch.loggers import TensorBoardLogger
 
         return TensorBoardLogger(save_dir=self.folder, name="", version="tensorboard")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if self.instead is not None:
+            self.instead(self)
+        else:
+            super()._run_subcommand(subcommand)
 
     def before_fit(self) -> None:
         if self.checkpoint is not None:

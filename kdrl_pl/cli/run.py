@@ -29,14 +29,13 @@ def run(command: str, arguments: list[str]) -> int:
     try:
         main = importlib.import_module(f"kdrl_pl.cli.{_MODULES.get(command, command)}").main
         quieten_lightning()
-        main(command, arguments)
+        return main(command, arguments) or 0
     except KeyboardInterrupt:  # before training began; see kdrl_pl.preemption
         print(f"kdrl {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         report(command, error)
         return 1
-    return 0
 
 
 def report(command: str, error: BaseException) -> None:

@@ -91,7 +91,13 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         help="requests that may share a forward pass; above 1, log-probs are the same only up to rounding (default: 1)",
     )
     add("--batch-timeout", type=float, default=0.01, metavar="SECONDS", help="to wait for them (default: %(default)s)")
-    add("--max-tokens-per-request", type=int, default=65536, metavar="N", help="larger ones get 413 (default: %(default)s)")
+    add(
+        "--max-tokens-per-request",
+        type=int,
+        default=65536,
+        metavar="N",
+        help="larger ones get 413 (default: %(default)s)",
+    )
     add(
         "--max-tokens-per-micro-batch",
         type=int,

@@ -186,6 +186,18 @@ class EarlierStudent:
         self.adapter: dict[str, Tensor] | None = None  # None: the base
 
     @property
+    def model(self) -> PreTrainedModel:
+        """What engines sample with, and there is none.
+
+        Raises:
+            ValueError: always, with what to do instead.
+        """
+        raise ValueError(
+            "a student with another adapter, or none, can only be scored; to sample from the base as rollout.policy: "
+            "teacher would, run kdrl validate without --ckpt_path (and rollout.policy: student)"
+        )
+
+    @property
     def shares_prompts(self) -> bool:
         """See `LanguageModel.shares_prompts`."""
         return self.student.shares_prompts
@@ -233,9 +245,10 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
             continue
         if isinstance(module, BaseTunerLayer):
             inside.append(prefix)
-            own: Any = module.get_base_layer()
+            layer: Any = module
+            own = layer.get_base_layer()
             weight = dequantize_module_weight(own)
-            plain[f"{prefix}weight"] = weight + module.get_delta_weight(NAME).to(weight)
+            plain[f"{prefix}weight"] = weight + layer.get_delta_weight(NAME).to(weight)
             if own.bias is not None:
                 plain[f"{prefix}bias"] = own.bias
         elif isinstance(module, ModulesToSaveWrapper):

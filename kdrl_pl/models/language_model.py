@@ -177,10 +177,11 @@ class LanguageModel(nn.Module):
         if getattr(config, "logits_scaling", None):
             scale = 1.0 / config.logits_scaling
         return Head(
-            output.weight[: self.vocab_size],
-            None if bias is None else bias[: self.vocab_size],
+            output.weight,
+            bias,
             scale,
             getattr(config, "final_logit_softcapping", None),
+            self.vocab_size,
         )
 
     def _body(self, input_ids: Tensor, use_cache: bool = False, **arguments) -> Tensor:

@@ -102,6 +102,27 @@ def stop_ids(
     return sorted({int(token) for token in (tokenizer.eos_token_id, *configured, *(extra or ())) if token is not None})
 
 
+def load_generation_config(path: str) -> GenerationConfig:
+    """The generation config that a model of this folder or hub name gets, without its weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    path = check_model_path(path)
+    try:
+        return GenerationConfig.from_pretrained(path)
+    except OSError:  # it has none of its own
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
+
+
+def revision(path: str) -> str | None:
+    """The commit of a model of the hub; None for a folder, which `teacher.fingerprint` reads."""
+    from transformers import AutoConfig
+
+    path = check_model_path(path)
+    if Path(path).is_dir():
+        return None
+    return getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "_commit_hash", None)
+
+
 @lru_cache(maxsize=4)
 def tokenizer_fingerprint(path: str) -> str:
     """16 hex digits over the ids of all tokens and of the end token of a model's tokenizer."""

@@ -28,25 +28,25 @@ class Reference:
         self.model: LanguageModel | EarlierStudent | None = None
         self.is_starting_student = True
 
-    def load(self, device: torch.device | str, adapted: LanguageModel | None = None) -> None:
-        """Load the starting student onto `device`, once.
+    def lean_on(self, student: LanguageModel) -> None:
+        """Ask a LoRA student itself, with the adapter it had, instead of a copy of it."""
+        self.model = EarlierStudent(student)
 
-        Args:
-            device: of the copy.
-            adapted: the student, where it is a LoRA student: then it is asked itself, with the adapter it had.
-        """
-        if self.model is None and adapted is not None:
-            self.model = EarlierStudent(adapted)
-        elif self.model is None:
+    def load(self, device: torch.device | str) -> None:
+        """Load the starting student onto `device`, once."""
+        if self.model is None:
             model = LanguageModel.load(self.path, self.dtype, attn_implementation=self.attn_implementation)
             self.model = model.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def reset(self, student: nn.Module) -> None:
         """Become a copy of `student`, which may be sharded; every rank calls it."""
-        own = self.model.state_dict()
-        for name, value in student.state_dict().items():  # one whole tensor at a time
-            own[name].copy_(_whole(value))
+        if isinstance(self.model, EarlierStudent):
+            self.model.load_state_dict(student.state_dict())
+        else:
+            own = self.model.state_dict()
+            for name, value in student.state_dict().items():  # one whole tensor at a time
+                own[name].copy_(_whole(value))
         self.is_starting_student = False
 
     def state_dict(self) -> dict[str, Any] | None:

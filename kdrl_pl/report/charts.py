@@ -16,12 +16,14 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 8, 8, 34
 _DOTS = 40  # a curve of at most so many points shows them
 
 
-def number(value: float, share: bool = False) -> str:
-    """A value in at most about six characters.
+def number(value: float | None, share: bool = False) -> str:
+    """A value in at most about six characters; a dash for one that was not finite.
 
     >>> number(0.1234567), number(1234567.0), number(0.125, share=True)
     ('0.1235', '1.235e+06', '12.5 %')
     """
+    if value is None:
+        return "–"
     return f"{100 * value:.3g} %" if share else f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
@@ -37,7 +39,7 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
     """
     share = unit == "share"
     points = [point for curve in curves for point in curve.points]
-    ticks = _ticks(*_range(min(p.low for p in points), max(p.high for p in points)), whole=False)
+    ticks = _ticks(*_range(min(p.low for p in points), max(p.high for p in points), share), whole=False)
     first, last = min(p.first for p in points), max(p.last for p in points)
     x, y = _scale(first, last, _LEFT, WIDTH - _RIGHT), _scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
     drawn = []
@@ -178,12 +180,12 @@ def _in_words(curve: Curve, share: bool, counter: str) -> str:
     )
 
 
-def _range(low: float, high: float) -> tuple[float, float]:
+def _range(low: float, high: float, share: bool) -> tuple[float, float]:
     """What the vertical axis shows: from 0 where the values come near it, never nothing."""
     if 0 < low <= high / 2 or low == high > 0:
         low = 0.0
     if low == high:
-        low, high = low - 1.0, high + 1.0
+        return (0.0, 1.0) if share else (low - 1.0, high + 1.0)
     return low, high
 
 

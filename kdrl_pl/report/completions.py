@@ -36,7 +36,8 @@ def best_and_worst(rows: Rows, count: int = 3) -> tuple[Rows, Rows]:
         rows: of one rollout.
         count: of each.
     """
-    ordered = sorted(rows, key=lambda row: (-row["reward"], -_teacher_mean(row)))
+    judged = [row for row in rows if row["reward"] is not None]  # null: it was not finite
+    ordered = sorted(judged, key=lambda row: (-row["reward"], -_teacher_mean(row)))
     best = _one_per_prompt(ordered)[:count]
     shown = {id(row) for row in best}
     worst = _one_per_prompt(ordered[::-1])

@@ -25,7 +25,7 @@ def escaped(text: object) -> Markup:
     return text if isinstance(text, Markup) else Markup(html.escape(printable(str(text))))
 
 
-def element(name: str, *children: object, **attributes: object) -> Markup:
+def element(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element of HTML or SVG.
 
     >>> element("p", "1 < 2", element("br"), class_="note", title=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from kdrl_pl.report.sections import (
 )
 from kdrl_pl.report.settings import Setting, settings_of
 from kdrl_pl.report.style import STYLE
-from kdrl_pl.report.tokens import Decode, tokens_of
+from kdrl_pl.report.tokens import Decode, Token, tokens_of
 
 
 def write_report(folder: Path, output: Path | None = None, decode: Decode | None = None) -> Path:
@@ -75,6 +76,22 @@ def report(run: Run, folder: Path, decode: Decode | None = None) -> str:
         _section("Every metric", _metrics(run) if run.training else None),
         _section("Environment", _environment(run)),
         _section("Again", *_again(run)),
+    )
+
+
+def inspect_page(run: Run, row: dict[str, Any], number: int, tokens: Sequence[Token]) -> str:
+    """The page of one row.
+
+    Args:
+        run: it comes from.
+        row: as stored.
+        number: of the row in its rollout.
+        tokens: of its response.
+    """
+    title = f"{run.name}: rollout {row['rollout'] + 1}, row {number}"
+    estimator = objective_at(run, row["rollout"]).estimator
+    return document(
+        title, STYLE, element("h1", title), element("p", _told(estimator)), tokens_legend(), token_view(tokens, row)
     )
 
 
@@ -141,14 +158,18 @@ def _disagreement(run: Run, decode: Decode | None) -> Markup | None:
             shown += [element("h3", f"Rollout {rollout + 1}"), *views]
     if not shown:
         return None
-    estimator = objective_at(run, stored[-1]).estimator
-    whole = " It pulls at every word of the vocabulary; here stands the one that was sampled."
-    told = (
+    told = _told(objective_at(run, stored[-1]).estimator)
+    ids = None if decode else element("p", "The student's tokenizer was not found, so tokens are numbers.", class_="note")
+    return _section("Where student and teacher disagree", element("p", told), tokens_legend(), ids, *shown)
+
+
+def _told(estimator: str) -> str:
+    """What the colours of tokens say."""
+    whole = " It pulls at every word of the vocabulary; what is shown is the word that was sampled."
+    return (
         "Words of the student coloured by d = log-prob of the teacher − log-prob of the student. The reward pulls by the "
         "advantage, the teacher by β·f(d)." + (whole if estimator in ("full", "top_k") else "")
     )
-    ids = None if decode else element("p", "The student's tokenizer was not found, so tokens are numbers.", class_="note")
-    return _section("Where student and teacher disagree", element("p", told), tokens_legend(), ids, *shown)
 
 
 def _settings(run: Run) -> list[Any]:

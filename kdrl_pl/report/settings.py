@@ -15,6 +15,7 @@ _SECTIONS = {
     "rollout": "kdrl_pl.rollout.callback.RolloutCallback",
     "run": "kdrl_pl.run_folder.RunFolder",
     "checkpoint": "kdrl_pl.checkpoint.Checkpoints",
+    "view": "kdrl_pl.progress.Progress",
     "trainer": "lightning.pytorch.Trainer",
 }
 _OF_SFT = {
@@ -53,12 +54,10 @@ def settings_of(config: Mapping[str, Any]) -> list[Setting]:
             defaults = _defaults(classes[section])
             if section == "trainer":
                 defaults |= _trainer_defaults("rollout" in config)
+            for key, item in (value or {}).items():
+                found += _walk(f"{section}.{key}", item, defaults.get(key, MISSING))
         else:
-            defaults = {"seed_everything": 0}
-            value = {"": value} if not isinstance(value, Mapping) else value
-        for key, item in value.items() if isinstance(value, Mapping) else ():
-            name = f"{section}.{key}".rstrip(".")
-            found += _walk(name, item, defaults.get(key or section, MISSING))
+            found += _walk(section, value, 0 if section == "seed_everything" else MISSING)
     kept = [setting for setting in found if setting.name not in _PLACES]
     return sorted(kept, key=lambda setting: not setting.changed)
 

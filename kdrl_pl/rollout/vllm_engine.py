@@ -11,6 +11,7 @@ filters on, vLLM applies min-p first.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
@@ -237,6 +238,10 @@ class VLLMEngine:
                 **settings,
             )
         self._built_for = config
+        # Rotary tables are no weights, and vLLM says at each reload that they were not loaded.
+        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
+            lambda record: "RotaryEmbedding" not in record.getMessage()
+        )
 
 
 def sampling_settings(sampling: Sampling, stop_token_ids: Iterable[int]) -> dict[str, Any]:
@@ -265,12 +270,13 @@ def seed_of(key: int) -> int:
 
 
 def check_finite(done: Completions) -> None:
-    """Raises:
-    FloatingPointError: a log-prob is NaN.
+    """Refuse samples of a model that has diverged.
+
+    Raises:
+        FloatingPointError: a log-prob is NaN.
     """
-    for row, logprobs in enumerate(done.logprobs):
-        if any(map(math.isnan, logprobs)):
-            raise FloatingPointError(f"the log-probs of row {row} are NaN: the model's weights or logits are")
+    if any(math.isnan(logprob) for logprobs in done.logprobs for logprob in logprobs):
+        raise FloatingPointError("the student's logits are NaN or infinite; its weights have diverged or overflowed")
 
 
 @contextmanager
@@ -289,8 +295,9 @@ def _left_as_it_was(device: torch.device) -> Iterator[None]:
         with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        os.environ.clear()
-        os.environ.update(environment)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ |= environment
         torch.set_num_threads = set_threads
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from kdrl_pl.models.adapters import EarlierStudent
-from kdrl_pl.models.loading import load_tokenizer, stop_ids
 from kdrl_pl.teacher.frozen import FrozenTeacher
 
 if TYPE_CHECKING:
@@ -37,20 +36,11 @@ class BaseTeacher(FrozenTeacher):
             path: the folder or hub name of its base.
             base: fingerprint of that.
         """
-        self.model, self.path, self._base = EarlierStudent(student), path, base
+        self.path, self._base = path, base
+        self.model = EarlierStudent(student)  # type: ignore[assignment]  # all that scoring asks of a model
 
     def load(self, device: torch.device | str, student_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        """Nothing to load: the weights are the student's.
-
-        Raises:
-            RuntimeError: `lean_on` was not called.
-        """
-        if self.model is None:
-            raise RuntimeError("BaseTeacher has no student; call lean_on(student, path, base) first, as KDRLModule does")
-
-    def stop_ids(self) -> list[int]:
-        """Ids that end a response of the student."""
-        return stop_ids(load_tokenizer(self.path), self.model.student.model.generation_config)
+        """Nothing to load: the weights are the student's."""
 
     def fingerprint(self) -> str:
         """Names the base in checkpoints."""

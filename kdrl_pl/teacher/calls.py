@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "KDRL_TEACHER_TOKEN"
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 15.0  # seconds between two attempts; doubled each time, with jitter
+CONNECT = 15.0  # seconds in which a connection must come about
 REMIND = 60.0  # seconds between two warnings
 _AWAY = (408, 425, 429, 500, 502, 503, 504)  # statuses of a server that may answer later
 
@@ -148,13 +149,17 @@ class Server:
                 self._check_stop()  # else the server closed a connection that was idle for long: ask on a new one
         kind = http.client.HTTPConnection if self._tls is None else http.client.HTTPSConnection
         tls = {} if self._tls is None else {"context": self._tls}
-        return self._exchange(kind(self._host, self._port, timeout=self.timeout, **tls), method, path, body, headers)
+        connection = kind(self._host, self._port, timeout=min(self.timeout, CONNECT), **tls)
+        connection.connect()
+        connection.sock.settimeout(self.timeout)
+        return self._exchange(connection, method, path, body, headers)
 
     def _exchange(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None, headers: dict
     ) -> bytes:
         with self._lock:
             self._busy.add(connection)
+        self._check_stop()  # from here on `interrupt` finds it
         content = None
         try:
             connection.request(method, f"{self._path}{path}", body, headers)
@@ -185,12 +190,14 @@ class Server:
             self._warned = now if remind else self._warned
         if waited >= self.patience:
             raise TeacherLost(
-                f"the teacher at {self.url} has not answered for {waited:.0f} s ({reason}); start it again, then resume "
-                "this run; model.teacher.init_args.patience says how long a run waits"
+                f"the teacher at {self.url} has not answered for {waited:.0f} s ({reason}); start it again, then "
+                "resume this run; model.teacher.init_args.patience says how long a run waits"
             )
         if remind:
             log.warning(
-                "the teacher at %s does not answer (%s); the run waits for it, %.0f s more", self.url, reason,
+                "the teacher at %s does not answer (%s); the run waits for it, %.0f s more",
+                self.url,
+                reason,
                 self.patience - waited,
             )
 

@@ -1,4 +1,4 @@
-"""A frozen teacher behind HTTP, for `kdrl_pl.teacher.RemoteTeacher`. LitServe is the engine (`pip install 'kdrl_pl[serve]'`).
+"""A frozen teacher behind HTTP, for `kdrl_pl.teacher.RemoteTeacher`; LitServe is the engine.
 
 One process speaks HTTP and checks every request; another one holds the model and takes them one by one. A request is
 scored in passes of its own, so that its log-probs are the same bits whatever else is asked meanwhile; `max_batch_size`
@@ -10,6 +10,7 @@ above 1 lets small requests share a pass, and gives that up.
 import asyncio
 import os
 import secrets
+import signal
 import threading
 import time
 from queue import Empty
@@ -89,15 +90,9 @@ class TeacherAPI(litserve.LitAPI):
     def decode_request(self, request: Annotated[ScoreRequest, Depends(read_body)]) -> ScoreRequest:
         return request
 
-    def batch(self, inputs: list[ScoreRequest]) -> list[ScoreRequest]:
-        return inputs
-
     def predict(self, x: Any) -> Any:
         """The answer to a request, or to each of several."""
         return self._answer([x])[0] if isinstance(x, ScoreRequest) else self._answer(x)
-
-    def unbatch(self, output: list[ScoreReply]) -> list[ScoreReply]:
-        return output
 
     def encode_response(self, output: ScoreReply) -> dict:
         return output.to_dict()
@@ -124,7 +119,7 @@ class TeacherAPI(litserve.LitAPI):
 def score(teacher: FrozenTeacher, request: ScoreRequest) -> ScoreReply:
     """What the teacher says of the rows of a request."""
     experience, asked = request.experience()
-    experience, asked = experience.to(teacher.model.device), asked.to(teacher.model.device)
+    experience, asked = experience.to(teacher.device), asked.to(teacher.device)
     teacher.score(experience, asked, hidden=request.top_k > 0)
     reply = ScoreReply(teacher.fingerprint(), experience.teacher_logprobs[asked])
     if request.top_k:
@@ -155,7 +150,9 @@ class WaitingLoop(BatchedLoop):
 
 
 def end_with_parent() -> None:
-    """End this process soon after the one that started it: a server that was killed leaves nothing behind."""
+    """End this process by its parent's hand, or soon after it: a server that was killed leaves nothing behind."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C on a terminal goes to all; the parent stops the others
     parent = os.getppid()
 
     def watch() -> None:
@@ -216,7 +213,8 @@ def make_server(
         vocab_size=known["vocab_size"],
         max_tokens=max_tokens_per_request,
         max_row_tokens=known["max_row_tokens"] or max_tokens_per_request,
-        max_bytes=12 * max_tokens_per_request + (1 << 16),  # an id of seven digits, its comma and its flag, and to spare
+        max_bytes=12 * max_tokens_per_request
+        + (1 << 16),  # an id of seven digits, its comma and its flag, and to spare
     )
     known |= {"max_tokens_per_request": limits.max_tokens, "max_rows": limits.max_rows}
     server = litserve.LitServer(

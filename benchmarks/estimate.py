@@ -14,7 +14,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,6 @@ class Case:
     checkpointing: bool = False
     attention: str | None = None
     max_rows: int | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
 
 
 _LONG = replace(WORKLOADS["a"], response_tokens=256)
@@ -61,7 +60,7 @@ CASES = {
     "full vocabulary": Case(_LONG, estimator="full"),
     "eager": Case(_LONG, attention="eager"),
     "bf16": Case(replace(_LONG, precision="bf16-mixed")),
-    "rollout": Case(replace(_GROUPED, prompts=16, group=16, response_tokens=384), budget=1024),
+    "rollout": Case(replace(_GROUPED, prompts=8, response_tokens=192), budget=1024),
 }
 
 
@@ -86,24 +85,24 @@ def make(case: Case, folder: Path) -> Any:
 def estimate(case: Case, folder: Path) -> dict[str, float]:
     """MB per phase, by `kdrl_pl.estimate`."""
     from kdrl_pl.estimate.memory import memory
-    from kdrl_pl.estimate.plan import Plan
-    from kdrl_pl.estimate.weightless import fill
+    from kdrl_pl.estimate.models import without_numbers
+    from kdrl_pl.estimate.plan import Batch, Plan
     from kdrl_pl.rollout.sampling import Sampling
 
-    workload = case.workload
-    plan = Plan(
-        fill(make(case, folder)),
-        workload.prompts,
-        workload.group,
-        workload.prompt_tokens,
-        workload.lengths(1),
-        Sampling(max_tokens=workload.response_tokens),
-        max_rows=case.max_rows,
-        autocast=workload.precision != "32-true",
-        is_ragged=False,
+    workload, module = case.workload, make(case, folder)
+    found = memory(
+        Plan(
+            module,
+            without_numbers(module),
+            Batch(workload.prompts, workload.group, workload.lengths(1)),
+            workload.prompt_tokens,
+            Sampling(max_tokens=workload.response_tokens),
+            max_rows=case.max_rows,
+            autocast=workload.precision != "32-true",
+            is_ragged=False,
+        )
     )
-    phases = memory(plan).phases
-    return {phase: sum(phases[phase].values()) / MB for phase in PHASES}
+    return {phase: found.total(phase) / MB for phase in PHASES}
 
 
 def steps(case: Case, folder: Path, count: int, measured: Callable[[str], Any]) -> None:

@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--repeats 1] [--threads 2] [--output FILE]
 
 Workload d (151,936 words) and the same with twice the vocabulary. Every figure is the peak of a fresh process minus
-what it held before the phase began: the models, and in the update their gradients, which every form has to keep. TRL
-is in the extra `bench`, or anywhere else (`--trl-path`).
+what every form has to keep: the weights, which it held before the phase began, and in the update their gradients, which
+arise in it. TRL is in the extra `bench`, or anywhere else (`--trl-path`).
 """
 
 from __future__ import annotations
@@ -84,18 +84,17 @@ def plain(workload: Workload, folder: Path) -> tuple[Any, Callable[[], Any], Cal
 
 def measure(form: str, phase: str, workload: Workload) -> dict[str, float]:
     """Peak of one phase in this process."""
-    import torch
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_models(workload, folder)
         model, score, update = {"kdrl_pl": ours, "trl": trl, "plain": plain}[form](workload, folder)
-        if phase == "update":
-            for parameter in model.parameters():
-                parameter.grad = torch.ones_like(parameter)  # ones: pages of zeros are not there until written
+        weights = list(model.parameters())
+        for weight in weights:
+            weight.detach().sum()  # pages of a mapped file are not there until read
         memory = PeakMemory()
         (score if phase == "score" else update)()
-        return {"peak_mb": memory.mb(), "head_mb": workload.vocabulary * workload.student.hidden * 4 / MB}
+        gradients = sum(weight.grad.nbytes for weight in weights if weight.grad is not None) / MB
+        return {"peak_mb": memory.mb() - gradients, "head_mb": workload.vocabulary * workload.student.hidden * 4 / MB}
 
 
 def main(arguments: list[str] | None = None) -> None:

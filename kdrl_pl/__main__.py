@@ -11,6 +11,7 @@ COMMANDS = {
     "predict": "write prompts, completions, rewards and log-probs as JSONL",
     "sft": "supervised fine-tuning: the off-policy baseline, and how the tiny models are made",
     "replay": "push stored rollouts through every estimator, mask and coefficient",
+    "recipes": "the runs that come with the library: list, show, copy",
     "doctor": "look at machine, data, reward and models before a run",
     "report": "one page of what came of a run: curves, completions, settings",
     "compare": "several runs over each other: a table, a page of curves",
@@ -34,7 +35,7 @@ examples:
   kdrl export runs/quickstart/2026-01-31_12-00-00
   kdrl study --config configs/studies/smoke.yaml
 
-`kdrl COMMAND --help` lists its options; `kdrl fit ... --print_config` shows the settings a run would have.
+`kdrl COMMAND --help` lists its options, `--help-all` every setting; `kdrl fit ... --dry-run` says what would run.
 """
 
 
@@ -51,16 +52,40 @@ def main(arguments: list[str] | None = None) -> int:
 
         print(f"kdrl_pl {version('kdrl_pl')}")
         return 0
+    if command.startswith("-") and (moved := _command_first(arguments)) is not None:
+        arguments, command = moved, moved[0]
     if command not in COMMANDS:
+        if command.startswith("-"):
+            named = next((argument for argument in arguments if argument in COMMANDS), "fit")
+            others = [argument for argument in arguments if argument != named]
+            said = f"{command!r} is not a command, which comes first: kdrl {named} {' '.join(others)}"
+            print(f"kdrl: {said} (kdrl --help lists them)", file=sys.stderr)
+            return 2
         import difflib
 
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         print(f"kdrl: {command!r} is not a command{hint} (kdrl --help lists them)", file=sys.stderr)
         return 2
+    if "--help" in arguments or "-h" in arguments:
+        from kdrl_pl.cli.help import short_help
+
+        if (text := short_help(command)) is not None:
+            print(text, end="")
+            return 0
     from kdrl_pl.cli.run import run
 
-    return run(command, arguments[1:])
+    return run(command, ["--help" if argument == "--help-all" else argument for argument in arguments[1:]])
+
+
+def _command_first(arguments: list[str]) -> list[str] | None:
+    """`--config FILE ... COMMAND ...` with the command in front; None where anything else precedes it."""
+    place = 0
+    while place < len(arguments) and arguments[place].partition("=")[0] in ("--config", "-c"):
+        place += 1 if "=" in arguments[place] else 2
+    if place >= len(arguments) or arguments[place] not in COMMANDS:
+        return None
+    return [arguments[place], *arguments[:place], *arguments[place + 1 :]]
 
 
 if __name__ == "__main__":

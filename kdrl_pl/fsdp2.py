@@ -35,14 +35,9 @@ class FSDP2Strategy(ModelParallelStrategy):
             backward pass: less memory, more traffic. False keeps them in between.
         timeout: seconds a rank waits for the others, the difference between two ranks' rollouts for example, before
             the run ends with an error.
-
-    Raises:
-        ValueError: the time-out is not positive.
     """
 
     def __init__(self, cpu_offload: bool = False, reshard_after_forward: bool = True, timeout: int = 1800) -> None:
-        if timeout < 1:
-            raise ValueError(f"the time-out of FSDP2Strategy is {timeout}; expected seconds, at least 1")
         super().__init__(timeout=timedelta(seconds=timeout))
         self.cpu_offload, self.reshard_after_forward = cpu_offload, reshard_after_forward
 

@@ -200,6 +200,11 @@ class KDRLModule(LightningModule):
         """Lightning's hook: load teacher and reference onto this rank's device, if anything needs them."""
         if self._trainer is not None:
             check_strategy(type(self.trainer.strategy).__name__)
+            if self.adapter is not None and "FSDP2" in type(self.trainer.strategy).__name__:
+                raise ValueError(
+                    "model.adapter and trainer.strategy fsdp2 have not been tried together; use ddp: an adapter has "
+                    "little to cut, and its base can be small: model.adapter.quantization: 4bit, or model.dtype: bfloat16"
+                )
         if self.needs_teacher if stage == "fit" else self.teacher is not None and self.evaluate_kl:
             self.teacher.load(self.device, load_tokenizer(self.student_path))
         if stage == "fit" and self.reference is not None and self.adapter is None:

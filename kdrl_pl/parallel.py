@@ -26,20 +26,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def check_strategy(strategy: str) -> None:
+def check_strategy(name: str) -> None:
     """Refuse ways of training that this library does not know to be right.
 
     Args:
-        strategy: name of a Lightning strategy, or of its class.
+        name: of a Lightning strategy, or of its class.
 
     Raises:
         ValueError: it is none of one device, DDP and our FSDP2.
     """
-    name = strategy.rpartition(".")[2]
     if name in ("auto", "SingleDeviceStrategy", "fsdp2", "FSDP2Strategy") or name.lower().startswith("ddp"):
         return
     reason = "it has not been tried with rollouts in the training process"
-    if "fsdp" in name.lower():
+    if "." in name:
+        reason = "a class is given as class_path and init_args"
+    elif "fsdp" in name.lower():
         reason = "FSDP1 gathers the weights in its root's forward only, and a rollout calls parts of the model"
     elif name == "ModelParallelStrategy":
         reason = "its checkpoints can tear, and of what it offers beyond FSDP2 tensor parallelism has not been tried"
@@ -176,7 +177,7 @@ def _settle_root(model: nn.Module) -> None:
     from torch.distributed.fsdp import register_fsdp_forward_method
 
     name = "_settle_fsdp_root"
-    setattr(model, name, MethodType(lambda _: None, model))
+    setattr(model, name, MethodType(lambda _, unused: None, model))
     register_fsdp_forward_method(model, name)
-    getattr(model, name)()
+    getattr(model, name)(0)  # on a GPU FSDP2 knows no forward without an argument
     delattr(model, name)

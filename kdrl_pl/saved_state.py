@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kdrl_pl.identity import check_same
+from kdrl_pl.models.adapter_files import name_of_base
 from kdrl_pl.models.adapters import adapter_weights
-from kdrl_pl.models.loading import check_model_path, tokenizer_fingerprint
-from kdrl_pl.teacher.fingerprint import fingerprint
+from kdrl_pl.models.loading import tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from kdrl_pl.module import KDRLModule
@@ -24,14 +24,18 @@ def state_of(module: KDRLModule) -> dict[str, Any]:
         "reference": None if module.reference is None else module.reference.state_dict(),
         "teacher": module.teacher.fingerprint() if module.needs_teacher else None,
         "tokenizer": tokenizer_fingerprint(module.student_path),
-        "adapter": None if module.adapter is None else {**module.adapter.settings(), "base": base_of(module)},
+        "adapter": None if module.adapter is None else _adapter_of(module),
     }
+
+
+def _adapter_of(module: KDRLModule) -> dict[str, Any]:
+    """With what an adapter's weights make a model."""
+    return {**module.adapter.settings(), "dtype": module.dtype_name, "base": base_of(module)}
 
 
 def base_of(module: KDRLModule) -> str:
     """Names the weights that an adapter is trained on."""
-    precision = module.adapter.quantization or module.dtype_name
-    return f"{fingerprint(check_model_path(module.student_path))}/{precision}"
+    return name_of_base(module.adapter, module.student_path, module.dtype_name)
 
 
 def keep_trained(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
@@ -58,8 +62,8 @@ def check_adapter(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
     for name, value in ours.settings().items():
         if state[name] != value:
             raise ValueError(
-                f"the checkpoint holds an adapter with {name} {state[name]}, and model.adapter.{name} is {value}; set it "
-                "as the run had it, or start a new run from the exported student"
+                f"the checkpoint holds an adapter with {name} {state[name]}, and model.adapter.{name} is {value}; set "
+                "it as the run had it, or start a new run from the exported student"
             )
     if checkpoint["state_dict"].keys() != adapter_weights(module).keys():
         raise ValueError("the layers of the checkpoint's adapter are not those of this student; use its own base")

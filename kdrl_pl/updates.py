@@ -43,7 +43,7 @@ def run_update(module: KDRLModule, rows: Experience, batch: PromptBatch, sums: M
     is_finite = torch.ones((), dtype=torch.bool, device=module.device)
     for number, index in enumerate(passes):
         phases.advance(number, len(passes))
-        part = movable[index] if index else _weightless(rows[:1])
+        part = movable[index] if index else weightless(rows[:1])
         with gradient_sync(module, enabled=number == len(passes) - 1):
             output = module.loss(part, rollout)
             module.manual_backward(output.loss * world_size())  # ranks' gradients are averaged; we want the sum
@@ -95,8 +95,8 @@ def _skip(module: KDRLModule, batch: PromptBatch, norm: float) -> None:
         )
 
 
-def _weightless(rows: Experience) -> Experience:
-    """A row that keeps a rank in step with the others and moves nothing."""
+def weightless(rows: Experience) -> Experience:
+    """A row that keeps a rank in step with the others and moves nothing; changed in place, and returned."""
     rows.token_weights = torch.zeros_like(rows.token_weights)
     rows.kd_weights = torch.zeros_like(rows.kd_weights)
     rows.slopes = None if rows.slopes is None else torch.zeros_like(rows.slopes)

@@ -6,6 +6,8 @@ Samples themselves are compared by the in-process engine's own tests only: anoth
 import contextlib
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -67,7 +69,7 @@ def trainer_logprobs(student, prompt, tokens, temperature=1.0):
 
 
 class EngineContract:
-    """A subclass has the fixture `engine`, one for all of its tests; every test starts with it synced to the student."""
+    """A subclass has the fixture `engine`, one for all of its tests; each test starts with it synced to the student."""
 
     mean, largest = 1e-5, 1e-4  # nats between engine and trainer
 
@@ -269,3 +271,49 @@ def _state():
         torch.is_grad_enabled(),
         dict(os.environ),
     )
+
+
+TWO_RANKS = """
+import os, sys
+import torch
+sys.path.insert(0, {tests!r})
+from engine_contract import PROMPTS, STOP, contract_student, trainer_logprobs
+from kdrl_pl.rollout.sampling import Sampling
+from kdrl_pl.rollout.vllm_engine import VLLMEngine
+from kdrl_pl.rollout.vllm_server import VLLMServerEngine
+
+torch.set_num_threads(1)
+rank = int(sys.argv[1])
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
+student = contract_student()
+if {sharded}:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in student.model.model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+engine = {engine}
+for prompts in (PROMPTS[: 1 + 3 * rank], PROMPTS):  # one and four prompts: ranks take different numbers of steps
+    engine.sync(student, [STOP])
+    keys = [100 * rank + row for row in range(2 * len(prompts))]
+    done = engine.generate(prompts, 2, Sampling(max_tokens=4 + 20 * rank), keys)
+    torch.distributed.barrier()
+    plain = contract_student()
+    for row, (tokens, logprobs) in enumerate(zip(done.token_ids, done.logprobs)):
+        expected = trainer_logprobs(plain, prompts[row // 2], tokens)
+        assert (torch.tensor(logprobs) - expected).abs().max() < 1e-4
+print("agreed")
+torch.distributed.destroy_process_group()
+"""
+
+
+def run_two_ranks(script):
+    """Both ranks of `TWO_RANKS` agree with a plain student on every log-prob."""
+    command = [sys.executable, str(script)]
+    store = str(script.with_name("store"))
+    ranks = [
+        subprocess.Popen([*command, str(rank), store], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for rank in range(2)
+    ]
+    said = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert all(rank.returncode == 0 and "agreed" in text for rank, text in zip(ranks, said, strict=True)), said

@@ -92,9 +92,21 @@ def run(files, overlay, folder, capsys):
     return [row for row in rows if "train/loss" in row]
 
 
-@pytest.mark.parametrize("path", [p for p in OVERLAYS if p.parent.name != "data"], ids=name_of)
+TRAINABLE = [
+    pytest.param(p, marks=pytest.mark.vllm) if p.stem == "vllm" else p
+    for p in OVERLAYS
+    if p.parent.name != "data"
+    and p.stem != "vllm_server"  # that one: tests/rollout/test_vllm_server.py
+    and not p.stem.startswith("remote")  # those: tests/teacher/test_remote.py and test_vllm.py
+]
+
+
+@pytest.mark.parametrize("path", TRAINABLE, ids=name_of)
 def test_every_overlay_trains_on_the_quick_start(path, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    if path.stem == "vllm":
+        pytest.importorskip("vllm")
+        monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
     if "competence" in path.name:  # the command that the file names
         predict = ["predict", f"--config={COMPLETE[0]}", "--rollout.policy=teacher", "--output=teacher.jsonl"]
         assert main([*predict, "--data.predict.addition.size=64", "--rollout.validation_samples=2"]) == 0

@@ -30,6 +30,11 @@ FLOORS = {
         "plain_tensors",
         "records",
         "replay.",
+        "report.charts",
+        "report.curves",
+        "report.html",
+        "report.style",
+        "report.tokens",
         "resources",
         "rewards.",
         "sampler_check",
@@ -61,7 +66,7 @@ FLOORS = {
         "sft",
         "updates",
     ],
-    "top": ["", "__main__", "cli.", "doctor.", "study.", "teacher.server"],
+    "top": ["", "__main__", "cli.", "model_card", "report.", "doctor.", "study.", "teacher.server"],
 }
 ORDER = list(FLOORS)
 # A neighbour of the lightning floor meets the others in the batch and on the Trainer; these are parts of one thing.

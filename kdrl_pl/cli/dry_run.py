@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from kdrl_pl.__main__ import COMMANDS
+from kdrl_pl.doctor.texts import teacher_paths
 from kdrl_pl.models.loading import check_model_path, load_tokenizer
 from kdrl_pl.schedules import Schedule
 from kdrl_pl.teacher.frozen import check_same_tokenizer
@@ -52,6 +53,9 @@ def description(cli: RunCLI) -> Iterator[tuple[str, str]]:
     data.setup("fit")
     if module.distillation is not None and module.distillation.competence is not None:
         module.distillation.competence.check(p for prompts in data.rows["train"].values() for p in prompts)
+    if module.teacher is not None:
+        train = (prompt for prompts in data.rows["train"].values() for prompt in prompts)
+        module.teacher.check_names((prompt.uid, prompt.teacher) for prompt in train)
     for section, sets in data.rows.items():
         yield section, "; ".join(f"{name}, {len(prompts):,} prompts" for name, prompts in sets.items()) or "none"
     prompts = [prompt for sets in data.rows["train"].values() for prompt in sets]
@@ -100,15 +104,6 @@ def _size(path: str) -> str:
         if number >= size:
             return f"{number / size:.3g} {letter} parameters"
     return f"{number:.0f} parameters"
-
-
-def teacher_paths(teacher: Any) -> list[str]:
-    """Folders or hub names of the models behind a teacher; none of one that is another process, or the student's base."""
-    if teacher is None:
-        return []
-    if hasattr(teacher, "teachers"):
-        return [path for one in teacher.teachers.values() for path in teacher_paths(one)]
-    return [teacher.path] if getattr(teacher, "path", "") else []
 
 
 def _teacher(module: KDRLModule, data: PromptDataModule) -> str:

@@ -16,8 +16,12 @@ def main(command: str, arguments: list[str]) -> None:
     """
     parser = Parser(prog="kdrl inspect", description=main.__doc__.partition("Raises:")[0].strip())
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("--rollout", type=int, help="number of the rollout, from 1 (default: the newest that is stored)")
-    parser.add_argument("--row", type=int, help="number of the row (default: a table of all, and the most disputed one)")
+    parser.add_argument(
+        "--rollout", type=int, help="number of the rollout, from 1 (default: the newest that is stored)"
+    )
+    parser.add_argument(
+        "--row", type=int, help="number of the row (default: a table of all, and the most disputed one)"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page as well")
     options = parser.parse_args(arguments)
 

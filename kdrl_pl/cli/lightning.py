@@ -49,7 +49,8 @@ _REFUSED = {
 _DESCRIPTION = (
     "Besides the settings below: --resume auto|must|never|PATH (fit) goes on with the newest run of that name, or with "
     "the run folder or checkpoint PATH; --resume-anyway does so also with another teacher, tokenizer or data set; "
-    "--allow-import NAME lets the config name classes and functions of your module."
+    "--allow-import NAME lets the config name classes and functions of your module; --dry-run (fit) says what would "
+    "run."
 )
 _PRECISIONS = ("32-true", "32", "bf16-mixed")
 
@@ -269,7 +270,7 @@ def _check_trainer(trainer: Any) -> None:
         if trainer[name] != sound:
             raise ValueError(f"trainer.{name} is {trainer[name]}; it must stay {sound}: {cure}")
     strategy = trainer["strategy"]
-    check_strategy(strategy if isinstance(strategy, str) else strategy["class_path"])
+    check_strategy(strategy if isinstance(strategy, str) else strategy["class_path"].rpartition(".")[2])
     interval = trainer["val_check_interval"]
     if isinstance(interval, int | float) and interval <= 0:
         raise ValueError(f"trainer.val_check_interval is {interval}; expected rollouts between validations, at least 1")

@@ -20,4 +20,4 @@ def main(command: str, arguments: list[str]) -> None:
 
     decode = decoder_of(run) if (run := read_run(options.run)).stored() else None
     output = write_report(options.run, options.output, decode)
-    print(f"wrote {output}, {output.stat().st_size / 1e6:.1f} MB")
+    print(f"wrote {output}, {output.stat().st_size / 1000:,.0f} kB")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import select
 import sys
 import traceback
 import warnings
@@ -30,12 +31,25 @@ def run(command: str, arguments: list[str]) -> int:
         main = importlib.import_module(f"kdrl_pl.cli.{_MODULES.get(command, command)}").main
         quieten_lightning()
         return main(command, arguments) or 0
+    except BrokenPipeError as error:  # whoever read what we print has gone, as `head` does
+        if not _is_unread(sys.stdout.fileno()):
+            report(command, error)
+            return 1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at the end
+        return 141
     except KeyboardInterrupt:  # before training began; see kdrl_pl.preemption
         print(f"kdrl {command}: interrupted", file=sys.stderr)
         return 130
     except Exception as error:
         report(command, error)
         return 1
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Whether it is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def report(command: str, error: BaseException) -> None:

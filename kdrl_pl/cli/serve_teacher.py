@@ -70,7 +70,7 @@ def main(command: str, arguments: list[str]) -> None:
 
 def _options(arguments: list[str]) -> argparse.Namespace:
     description = "\n".join(line.strip() for line in main.__doc__.partition("Raises:")[0].splitlines())
-    parser = Parser(prog="kdrl serve-teacher", description=description)
+    parser = Parser(prog="kdrl serve-teacher", description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--model", required=True, metavar="PATH", help="Hugging Face folder or hub name of the teacher")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="(default: %(default)s)")

@@ -38,7 +38,7 @@ class RolloutLoader(Resumable):
         self,
         prompts: Mapping[str, Sequence[Prompt]],
         sampler: PromptSampler,
-        position: Callable[[], tuple[int, int | None]],
+        position: Callable[[], tuple[int, int | None]] = lambda: (0, None),
         rank: int = 0,
         world_size: int = 1,
     ) -> None:

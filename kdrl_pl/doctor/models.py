@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from copy import copy
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from kdrl_pl.data.prompts import Prompt, PromptBatch
 from kdrl_pl.doctor.findings import Finding, fail, ok, warn
+from kdrl_pl.rollout.callback import EVALUATION
+from kdrl_pl.rollout.sample import sample_experience
 from kdrl_pl.sampler_check import LIMITS
+from kdrl_pl.teacher import FrozenTeacher
 
 if TYPE_CHECKING:
     from kdrl_pl.data.datamodule import PromptDataModule
+    from kdrl_pl.models.language_model import LanguageModel
     from kdrl_pl.module import KDRLModule
     from kdrl_pl.rollout.callback import RolloutCallback
 
 _SAMPLES = 2  # responses per prompt
-_EVALUATION = -1
 
 
 def models(
@@ -40,21 +41,29 @@ def models(
         prompts: to be answered.
         max_tokens: of a response; the run's own budget may be larger.
     """
-    device = trainer.strategy.root_device
-    module.load(device)
-    stand_in = SimpleNamespace(precision_plugin=trainer.precision_plugin, datamodule=data, training=False)
+    module.load(trainer.strategy.root_device)
     budget = rollouts.sampling.max_tokens
     sampling = replace(rollouts.sampling, max_tokens=min(max_tokens, budget))
 
-    def answers(policy: str) -> tuple[PromptBatch, float]:
-        callback = copy(rollouts)
-        callback.policy = policy
+    def answers(model: LanguageModel) -> tuple[PromptBatch, float]:
         batch = PromptBatch(0, prompts)
         started = time.perf_counter()
-        batch.experience = callback.rollout(stand_in, module, batch, _SAMPLES, sampling, _EVALUATION)
+        batch.experience = sample_experience(
+            batch,
+            model,
+            data.tokenizer,
+            rollouts.engine,
+            rollouts.reward,
+            samples=_SAMPLES,
+            sampling=sampling,
+            seed=rollouts.seed,
+            number=EVALUATION,
+            device=module.device,
+            precision=trainer.precision_plugin.forward_context,
+        )
         return batch, time.perf_counter() - started
 
-    batch, seconds = answers("student")
+    batch, seconds = answers(module.student)
     rows = batch.experience
     tokens, cut = int(rows.response_mask.sum()), int(rows.truncated.sum())
     text = f"{len(rows)} responses, {tokens:,} tokens, {tokens / seconds:,.0f} tokens/s, {cut} cut off"
@@ -63,8 +72,10 @@ def models(
     else:
         yield ok("rollout", text + ("" if sampling.max_tokens == budget else f" after {sampling.max_tokens} tokens"))
     yield from _drift(module, rows, batch, trainer)
-    if getattr(module.teacher, "model", None) is not None:
-        yield _who_is_better(rows, answers("teacher")[0].experience, cut)
+    teacher: Any = module.teacher
+    if type(teacher) is FrozenTeacher:  # one model, in this process: it can answer too
+        teacher.load(module.device, data.tokenizer)
+        yield _who_is_better(rows, answers(teacher.sampler())[0].experience, cut)
 
 
 def _drift(module: KDRLModule, rows: Any, batch: PromptBatch, trainer: Any) -> Iterator[Finding]:
@@ -89,6 +100,8 @@ def _who_is_better(student: Any, teacher: Any, cut: int) -> Finding:
     text = f"right {theirs} of {number} times, the student {ours}"
     if cut or bool(teacher.truncated.any()):
         text += f" ({int(teacher.truncated.sum())} and {cut} responses were cut off)"
+    if not theirs:
+        return warn("teacher", text, "look at the form of its answers (kdrl predict --rollout.policy teacher)")
     if theirs < ours:
         cure = "--prompts 100 tells better; a teacher that is worse needs configs/arms/competence_gate.yaml"
         return warn("teacher", text, cure)

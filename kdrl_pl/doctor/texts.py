@@ -105,6 +105,15 @@ def reward(rule: Any, prompts: Sequence[Prompt], max_tokens: int) -> Iterator[Fi
         yield (fail if right == 0 else warn)("reward", text, cure)
 
 
+def teacher_paths(teacher: Any) -> list[str]:
+    """Folders or hub names of a teacher's models; none where it is another process, or the student's own base."""
+    if teacher is None:
+        return []
+    if hasattr(teacher, "teachers"):
+        return [path for one in teacher.teachers.values() for path in teacher_paths(one)]
+    return [teacher.path] if getattr(teacher, "path", "") else []
+
+
 def _generation_config(path: str) -> Any:
     from transformers import GenerationConfig
 

@@ -1,61 +1,140 @@
-"""Memory of one rank: what is held through a phase, and what the phase takes on top, phase by phase."""
+"""Memory of one rank: what is held through a run, and what each phase takes on top.
+
+FSDP2 is arithmetic here, by what `fully_shard` does: shards of weights, gradients and optimizer state; embeddings, head
+and two layers gathered at a time in an update, all of the student in a rollout. Between micro-batches it keeps whole
+gradients, since they are summed over ranks once per update.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
 
 from kdrl_pl.estimate import passes, rollout
-from kdrl_pl.estimate.live_bytes import nbytes
-from kdrl_pl.estimate.plan import Plan
-
-if TYPE_CHECKING:
-    from kdrl_pl.models.language_model import LanguageModel
+from kdrl_pl.estimate.models import bytes_at_rest, count, dequantised_bytes, layer_counts
+from kdrl_pl.estimate.plan import Batch, Plan
+from kdrl_pl.models.loading import DTYPES
 
 ROW_BYTES = 8 + 1 + 1 + 5 * 4 + 1  # of an Experience per token: ids, two masks, five numbers, the teacher's mask
+# What glibc's malloc keeps of pieces below 32 MB that were freed, as a share of what a phase takes for the moment:
+# measured by benchmarks/estimate.py. CUDA's allocator keeps some too; how much has not been measured.
+KEPT_BY_MALLOC = 0.25
+
 Parts = dict[str, int]
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one rank.
+    """Bytes on the device of one rank.
 
     Args:
-        phases: phase -> part -> bytes; a phase's peak is their sum.
-        held: of those the parts that are there through the whole run.
+        held: part -> bytes that are there through the whole run.
+        phases: phase -> part -> bytes on top of that.
+        checkpoint: bytes of one checkpoint on disk.
+        export: bytes of the student as a model folder in its own dtype.
     """
 
-    phases: dict[str, Parts]
     held: Parts
+    phases: dict[str, Parts]
+    checkpoint: int
+    export: int
+
+    def total(self, phase: str) -> int:
+        """Peak of a phase."""
+        return sum(self.held.values()) + sum(self.phases[phase].values())
 
     @property
     def peak(self) -> str:
         """The phase that takes most."""
-        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+        return max(self.phases, key=self.total)
 
 
 def memory(plan: Plan) -> Memory:
     """Bytes of every phase of a run."""
-    module = plan.module
     update = passes.update(plan)
+    held = _held(plan, update)
+    phases: dict[str, Parts] = {}
+    for name, batch in (("rollout", plan.training), ("validation", plan.validation)):
+        if batch is not None and plan.in_process:
+            phases[name] = _rollout(plan, batch)
+    rows = plan.training.rows * (plan.prompt_tokens + max(plan.training.response_tokens)) * ROW_BYTES
+    kept = {"rows": rows, "teacher's hidden states": passes.hidden_bytes(plan)}
+    if plan.module.needs_teacher and plan.module.teacher.model is not None:
+        phases["teacher"] = {**kept, **_teacher(plan)}
+    phases["update"] = {**kept, **_update(plan, update)}
+    if plan.is_cpu:
+        for parts in phases.values():
+            parts["kept by malloc"] = round(KEPT_BY_MALLOC * sum(parts.values()))
+    trained = sum(p.numel() * p.element_size() for p in plan.models.at_rest.parameters() if p.requires_grad)
+    whole = bytes_at_rest(plan.models.at_rest)
+    saved = trained if plan.module.adapter is not None else whole
+    return Memory(held, phases, saved + update.state, whole)
+
+
+def _held(plan: Plan, update: passes.UpdateBytes) -> Parts:
+    shards = plan.ranks if plan.layout == "fsdp2" else 1
+    off = plan.cpu_offload and not plan.is_cpu
+    weights = bytes_at_rest(plan.models.at_rest, plan.models.quantization)
     held = {
-        "student": nbytes(module.student.parameters()) + nbytes(module.student.buffers()),
-        "optimizer": update.state,
-        "teacher": teacher_weights(module.teacher) if module.needs_teacher else 0,
+        "student": 0 if off else weights // shards,
+        "optimizer": 0 if off else update.state // shards,
+        "teacher": 0,
     }
-    rows = plan.rows * (plan.prompt_tokens + max(plan.response_tokens)) * ROW_BYTES
-    hidden = passes.hidden_bytes(plan)
-    sampled = rollout.rollout(plan, plan.prompts, plan.group, plan.sampling.max_tokens)
-    phases = {"rollout": {**held, "rollout": sampled.peak}}
-    if module.needs_teacher:
-        phases["teacher"] = {**held, "rows": rows, "hidden": hidden, "pass": passes.teacher_pass(plan)}
-    once = len(plan.student_passes.rows) == 1
-    micro = update.first if once else update.gradients + update.activations
-    phases["update"] = {**held, "rows": rows, "hidden": hidden, "pass": max(micro, update.gradients + update.step)}
-    return Memory(phases, held)
+    for teacher in plan.models.teachers:
+        waits = teacher.offload and not plan.is_cpu
+        own = bytes_at_rest(teacher.model, teacher.quantization)
+        held["teacher"] += 0 if waits else own // (plan.ranks if teacher.sharded else 1)
+    if plan.models.has_reference:
+        held["reference"] = weights
+    if plan.layout == "ddp":
+        held["gradient buckets"] = _gradient_bytes(plan)
+    return held
 
 
-def teacher_weights(teacher) -> int:
-    return nbytes(teacher.model.parameters()) + nbytes(teacher.model.buffers())
+def _rollout(plan: Plan, batch: Batch) -> Parts:
+    found = rollout.rollout(plan, batch)
+    gathered = count(plan.models.student) * _gathered_size(plan) if plan.layout == "fsdp2" else 0
+    return {
+        "gathered weights": gathered,
+        "cast weights": found.weights,
+        "key-value cache": found.cache,
+        "passes": found.peak - found.weights - found.cache,
+    }
+
+
+def _teacher(plan: Plan) -> Parts:
+    teacher = plan.module.teacher
+    parts = {"passes": passes.teacher_pass(plan)}
+    if teacher in plan.models.teachers:
+        dtype = DTYPES[teacher.dtype]
+        parts["passes"] += dequantised_bytes(teacher.model, teacher.quantization, dtype)
+        if teacher.sharded and plan.ranks > 1:
+            layer, root = layer_counts(teacher.model)
+            parts["gathered weights"] = (2 * layer + root) * dtype.itemsize
+        if teacher.offload and not plan.is_cpu:
+            parts["teacher's weights"] = bytes_at_rest(teacher.model, teacher.quantization)
+    return parts
+
+
+def _update(plan: Plan, update: passes.UpdateBytes) -> Parts:
+    one_pass = len(plan.student_passes.rows) <= plan.updates
+    if plan.layout != "fsdp2":
+        most = update.first if one_pass else update.gradients + update.activations
+        most = max(most, update.gradients + update.step)
+        return {"gradients": update.gradients, "passes": most - update.gradients}
+    layer, root = layer_counts(plan.models.student)
+    size, own = _gathered_size(plan), _gradient_bytes(plan)
+    shards = 0 if plan.cpu_offload and not plan.is_cpu else own // plan.ranks
+    gathered = (2 * layer + root) * size if plan.reshard else count(plan.models.student) * size
+    # whole gradients until the last micro-batch of an update; with only one, those of the layer at hand and the root
+    gradients = shards + (layer + root) * (size + 4) if one_pass else own + layer * 4
+    passing = max(update.activations, update.step // plan.ranks)
+    return {"gathered weights": gathered, "gradients": gradients, "passes": passing}
+
+
+def _gathered_size(plan: Plan) -> int:
+    """Bytes of a gathered weight."""
+    return next(iter(plan.models.student.parameters())).element_size()
+
+
+def _gradient_bytes(plan: Plan) -> int:
+    return sum(p.numel() * p.element_size() for p in plan.models.at_rest.parameters() if p.requires_grad)

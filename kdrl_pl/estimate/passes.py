@@ -38,8 +38,8 @@ def hidden_bytes(plan: Plan) -> int:
     if not keeps_hidden(plan):
         return 0
     weight = plan.module.teacher.head().weight
-    longest = plan.prompt_tokens + max(plan.response_tokens)
-    return plan.rows * longest * weight.shape[1] * weight.element_size()
+    longest = plan.prompt_tokens + max(plan.training.response_tokens)
+    return plan.training.rows * longest * weight.shape[1] * weight.element_size()
 
 
 def keeps_hidden(plan: Plan) -> bool:
@@ -52,7 +52,7 @@ def teacher_pass(plan: Plan) -> int:
     """Bytes at the peak of the teacher's largest pass, on top of its weights."""
     passes, model = plan.teacher_passes, plan.module.teacher.model
     rows = plan.experience(passes.rows[0], passes.shares)
-    with LiveBytes(model_tensors(model)) as live:
+    with LiveBytes(model_tensors(plan.module.student, *(t.model for t in plan.models.teachers))) as live:
         model.token_logprobs(
             rows.input_ids,
             rows.response_mask,
@@ -66,9 +66,8 @@ def teacher_pass(plan: Plan) -> int:
 def update(plan: Plan) -> UpdateBytes:
     """Bytes of the largest micro-batch and of the optimizer."""
     module, passes = plan.module, plan.student_passes
-    teacher = None if module.teacher is None else module.teacher.model
     rows = plan.experience(passes.rows[0], passes.shares)
-    held = model_tensors(module.student, teacher)
+    held = model_tensors(module.student, *(teacher.model for teacher in plan.models.teachers))
     if keeps_hidden(plan):
         head = module.teacher.head().weight
         rows.teacher_hidden = fake((*rows.input_ids.shape, head.shape[1]), head.dtype, head)
@@ -83,27 +82,32 @@ def update(plan: Plan) -> UpdateBytes:
                 loss.backward()
             del loss
             peaks.append(live.peak)
-        trained = [parameter.grad for parameter in module.student.parameters() if parameter.grad is not None]
-        gradients = nbytes(trained)
-        state, step = _optimizer(plan, live)
+    gradients = nbytes(p.grad for p in module.student.parameters() if p.grad is not None)
     for parameter in module.student.parameters():
         parameter.grad = None
+    state, step = _optimizer(plan)
     return UpdateBytes(gradients, peaks[1] - gradients, peaks[0], state, step)
 
 
-def _optimizer(plan: Plan, live: LiveBytes) -> tuple[int, int]:
+def _optimizer(plan: Plan) -> tuple[int, int]:
     """Bytes of the optimizer's state, and of what its step makes for the moment."""
-    optimizer = make_optimizer(plan.module.make_optimizer, plan.module.student)
+    student = plan.models.at_rest  # whose dtype the optimizer sees
+    optimizer = make_optimizer(plan.module.make_optimizer, student)
     for group in optimizer.param_groups:
         if not plan.is_cpu and not group.get("fused") and group.get("foreach", 0) is None:
             group["foreach"] = True  # PyTorch's choice on a GPU, which a tensor without numbers does not stand on
-    before = live.now
-    live.restart()
-    try:
-        optimizer.step()
-    except Exception:  # native code that wants numbers, as of bitsandbytes
-        return _measured_state(plan), 0
-    return live.now - before, live.peak - live.now
+    trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = fake(parameter.shape, parameter.dtype, parameter)
+    with LiveBytes([*model_tensors(student), *(parameter.grad for parameter in trained)]) as live:
+        try:
+            optimizer.step()
+        except Exception:  # native code that wants numbers, as of bitsandbytes
+            return _measured_state(plan), 0
+        finally:
+            for parameter in trained:
+                parameter.grad = None
+        return live.now, live.peak - live.now
 
 
 def _measured_state(plan: Plan) -> int:
@@ -115,5 +119,5 @@ def _measured_state(plan: Plan) -> int:
     tensors = {id(value): value for value in optimizer.state[matrix].values() if isinstance(value, torch.Tensor)}
     own = [value for value in tensors.values() if value.numel() > 256]  # code books are the same for all weights
     scales = [value for name, value in optimizer.state[matrix].items() if "absmax" in name]
-    weights = sum(parameter.numel() for parameter in plan.module.student.parameters() if parameter.requires_grad)
+    weights = sum(parameter.numel() for parameter in plan.models.at_rest.parameters() if parameter.requires_grad)
     return round(nbytes({id(value): value for value in [*own, *scales]}.values()) / matrix.numel() * weights)

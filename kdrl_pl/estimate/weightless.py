@@ -13,6 +13,8 @@ from kdrl_pl.models.loading import check_model_path, load_model, load_tokenizer,
 if TYPE_CHECKING:
     from torch import nn
 
+    from kdrl_pl.models.adapters import Lora
+
 
 class WeightlessModel(LanguageModel):
     """A `LanguageModel` of fake tensors. Comparing log-probs needs numbers: its checks are left out."""
@@ -27,25 +29,28 @@ class WeightlessModel(LanguageModel):
 def weightless(
     path: str,
     dtype: str,
+    world: FakeTensorMode,
     *,
     attn_implementation: str | None = None,
     gradient_checkpointing: bool = False,
-    world: FakeTensorMode | None = None,
+    adapter: Lora | None = None,
 ) -> WeightlessModel:
     """The model that `path` would be once loaded, with fake weights.
 
     Args:
         path: folder or hub name; its config.json is all that is read, and the tokenizer where it has one.
-        dtype, gradient_checkpointing: as of `LanguageModel.load`.
+        dtype, gradient_checkpointing, adapter: as of `LanguageModel.load`; nothing is quantised here (held.py).
+        world: models that exchange tensors share one.
         attn_implementation: likewise; a kernel that needs a GPU is stood in for by "sdpa", which keeps the same tensors.
-        world: models that exchange tensors share one; None makes a new one.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or transformers does not know its kind.
     """
     kernel = attn_implementation if attn_implementation in (None, "eager", "sdpa") else "sdpa"
-    with world or FakeTensorMode(allow_non_fake_inputs=True):
+    with world:
         model, _ = load_model(path, dtype, attn_implementation=kernel, from_scratch=True)
+        if adapter is not None:
+            adapter.wrap(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return WeightlessModel(model, _vocabulary(path, model))
@@ -57,20 +62,3 @@ def _vocabulary(path: str, model: nn.Module) -> int:
     folder = Path(check_model_path(path))
     has_none = folder.is_dir() and not any(folder.glob("*token*")) and not any(folder.glob("vocab*"))
     return rows if has_none else min(vocabulary_size(load_tokenizer(path)), rows)
-
-
-def fill(module):
-    world = FakeTensorMode(allow_non_fake_inputs=True)
-    module.student = weightless(
-        module.student_path,
-        module.dtype_name,
-        attn_implementation=module.attn_implementation,
-        gradient_checkpointing=module.gradient_checkpointing,
-        world=world,
-    )
-    if module.teacher is not None:
-        module.teacher.model = weightless(
-            module.teacher.path, module.teacher.dtype, attn_implementation=module.teacher.attn_implementation, world=world
-        )
-        module.teacher.model.eval().requires_grad_(False)
-    return module

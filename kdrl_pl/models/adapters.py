@@ -68,8 +68,8 @@ class Lora:
             raise ValueError("model.adapter.target_modules is empty; name layers, or all-linear")
         if quantization not in (None, "4bit"):
             raise ValueError(
-                f"model.adapter.quantization is {quantization!r}; expected null or 4bit (LLM.int8 rounds activations as "
-                "well: sampler and trainer would be two policies, 5e-4 nats apart on the quick start)"
+                f"model.adapter.quantization is {quantization!r}; expected null or 4bit (LLM.int8 rounds "
+                "activations too: sampler and trainer would be two policies, 5e-4 nats apart on the quick start)"
             )
         self.rank, self.alpha = rank, alpha
         self.target_modules, self.modules_to_save = target_modules, modules_to_save
@@ -114,6 +114,9 @@ class Lora:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        for module in model.modules():  # of bitsandbytes, on CPUs with AVX512-BF16: a form without a backward pass
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         _refuse_unsound(model)
 
 

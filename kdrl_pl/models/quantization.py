@@ -21,9 +21,7 @@ def check_quantization(setting: str, value: str | None) -> str | None:
     return value
 
 
-def quantization_arguments(
-    quantization: str | None, dtype: str, int8_threshold: float = 0.0
-) -> dict[str, Any] | None:
+def quantization_arguments(quantization: str | None, dtype: str, int8_threshold: float = 0.0) -> dict[str, Any] | None:
     """Arguments of transformers' `BitsAndBytesConfig`; None where nothing is quantised.
 
     Args:

@@ -12,7 +12,7 @@ from kdrl_pl.report.curves import Curve, Point
 from kdrl_pl.report.html import Markup, element
 
 WIDTH, HEIGHT = 420, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 8, 8, 34
+_RIGHT, _TOP, _BOTTOM = 14, 8, 34  # margins; the left one is as wide as its labels
 _DOTS = 40  # a curve of at most so many points shows them
 
 
@@ -25,6 +25,26 @@ def number(value: float | None, share: bool = False) -> str:
     if value is None:
         return "–"
     return f"{100 * value:.3g} %" if share else f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def tick_labels(ticks: Sequence[float], share: bool = False) -> list[str]:
+    """Labels of an axis, as short as they can be while they differ.
+
+    >>> tick_labels([24.0, 24.005, 24.01]), tick_labels([0.0, 50000.0]), tick_labels([0.0, 0.5], share=True)
+    (['24', '24.005', '24.01'], ['0', '50k'], ['0%', '50%'])
+    """
+    values = [100 * tick if share else tick for tick in ticks]
+    step = max(abs(value) for value in values)
+    unit, letter = (1e6, "M") if step >= 1e6 else (1e3, "k") if step >= 1e4 else (1.0, "")
+    labels: list[str] = []
+    for digits in range(3, 12):
+        labels = [f"{value / unit:.{digits}g}" for value in values]
+        if len(set(labels)) == len(labels) and all(
+            math.isclose(float(label), value / unit, abs_tol=1e-3 * step / unit / len(values))
+            for label, value in zip(labels, values, strict=True)
+        ):
+            break
+    return [label if label == "0" and not share else f"{label}{'%' if share else letter}" for label in labels]
 
 
 def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "rollout", note: str = "") -> Markup:
@@ -41,7 +61,9 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
     points = [point for curve in curves for point in curve.points]
     ticks = _ticks(*_range(min(p.low for p in points), max(p.high for p in points), share), whole=False)
     first, last = min(p.first for p in points), max(p.last for p in points)
-    x, y = _scale(first, last, _LEFT, WIDTH - _RIGHT), _scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
+    labels = tick_labels(ticks, share)
+    left = _left(labels)
+    x, y = _scale(first, last, left, WIDTH - _RIGHT), _scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
     drawn = []
     for i, curve in enumerate(curves):
         if any(p.low < p.high for p in curve.points):
@@ -53,7 +75,8 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
             drawn.append(element("path", class_=f"line s{i}", d=_path(places)))
         if len(places) <= _DOTS:
             drawn += [element("circle", class_=f"f{i}", cx=_round(a), cy=_round(b), r=2.4) for a, b in places]
-    axes = _axes(x, y, _ticks(first, last, whole=True), ticks, share, counter)
+    rows = [(y(tick), label) for tick, label in zip(ticks, labels, strict=True)]
+    axes = _axes(left, [(x(tick), f"{tick:g}") for tick in _ticks(first, last, whole=True)], rows, counter)
     hits = _hits(curves, x, share, counter)
     words = [_in_words(curve, share, counter) for curve in curves]
     missing = [f"{curve.label}: {curve.missing} values were not finite" for curve in curves if curve.missing]
@@ -79,11 +102,13 @@ def share_chart(
         counter, note: see `line_chart`.
     """
     first, last = spans[0][0], spans[-1][1]
-    x, y = _scale(first, last, _LEFT, WIDTH - _RIGHT), _scale(0.0, 1.0, HEIGHT - _BOTTOM, _TOP)
+    ticks = [0.0, 0.25, 0.5, 0.75, 1.0]
+    left = _left(tick_labels(ticks, True))
+    x, y = _scale(first, last, left, WIDTH - _RIGHT), _scale(0.0, 1.0, HEIGHT - _BOTTOM, _TOP)
     middles = [(a + b) / 2 for a, b in spans]
     if len(spans) == 1:  # a column needs a width
         middles, shares = [first - 0.5, last + 0.5], [shares[0], shares[0]]
-        x = _scale(first - 0.5, last + 0.5, _LEFT, WIDTH - _RIGHT)
+        x = _scale(first - 0.5, last + 0.5, left, WIDTH - _RIGHT)
     drawn, hits = [], []
     for i in range(len(labels)):
         above = [(x(m), y(min(math.fsum(column[: i + 1]), 1.0))) for m, column in zip(middles, shares, strict=True)]
@@ -92,15 +117,14 @@ def share_chart(
     for (a, b), column in zip(spans, shares, strict=False):
         lines = [f"{label} {number(value, True)}" for label, value in zip(labels, column, strict=True)]
         hits.append(_hit(x(a), x(b), [f"{_span(a, b, counter)}", *reversed(lines)]))
-    axes = _axes(x, y, _ticks(first, last, whole=True), [0.0, 0.25, 0.5, 0.75, 1.0], True, counter)
+    rows = [(y(tick), label) for tick, label in zip(ticks, tick_labels(ticks, True), strict=True)]
+    axes = _axes(left, [(x(tick), f"{tick:g}") for tick in _ticks(first, last, whole=True)], rows, counter)
     totals = [math.fsum(column[i] for column in shares) / len(shares) for i in range(len(labels))]
     words = [f"{label} {number(total, True)} on average" for label, total in zip(labels, totals, strict=True)]
     return _figure(title, "", [drawn, axes, hits], labels, words, note)
 
 
-def _figure(
-    title: str, unit: str, content: object, labels: Sequence[str], words: Sequence[str], note: str
-) -> Markup:
+def _figure(title: str, unit: str, content: object, labels: Sequence[str], words: Sequence[str], note: str) -> Markup:
     image = element(
         "svg",
         element("title", title),
@@ -121,26 +145,24 @@ def _figure(
     )
 
 
+def _left(labels: Sequence[str]) -> float:
+    """Room for the labels of the vertical axis."""
+    return 12.0 + 7.0 * max(map(len, labels))
+
+
 def _axes(
-    x: Callable[[float], float],
-    y: Callable[[float], float],
-    columns: Iterable[float],
-    rows: Iterable[float],
-    share: bool,
-    counter: str,
+    left: float, columns: Iterable[tuple[float, str]], rows: Iterable[tuple[float, str]], counter: str
 ) -> list[Markup]:
+    """Lines and labels; `columns` and `rows` are (place, label)."""
     drawn = []
-    for value in rows:
-        place = _round(y(value))
-        drawn.append(element("path", class_="grid", d=f"M{_LEFT} {place}H{WIDTH - _RIGHT}"))
-        label = number(value, share).replace(" %", "%")
-        drawn.append(element("text", label, x=_LEFT - 6, y=_round(y(value) + 4), text_anchor="end"))
-    for value in columns:
-        place = _round(x(value))
-        drawn.append(element("path", class_="grid", d=f"M{place} {HEIGHT - _BOTTOM}v4"))
-        anchor = "middle" if x(value) < WIDTH - 24 else "end"
-        drawn.append(element("text", f"{value:g}", x=place, y=HEIGHT - _BOTTOM + 16, text_anchor=anchor))
-    drawn.append(element("text", f"{counter}s", x=(_LEFT + WIDTH) // 2, y=HEIGHT - 4, text_anchor="middle"))
+    for place, label in rows:
+        drawn.append(element("path", class_="grid", d=f"M{_round(left)} {_round(place)}H{WIDTH - _RIGHT}"))
+        drawn.append(element("text", label, x=_round(left - 6), y=_round(place + 4), text_anchor="end"))
+    for place, label in columns:
+        drawn.append(element("path", class_="grid", d=f"M{_round(place)} {HEIGHT - _BOTTOM}v4"))
+        drawn.append(element("text", label, x=_round(place), y=HEIGHT - _BOTTOM + 16, text_anchor="middle"))
+    middle = _round((left + WIDTH) / 2)
+    drawn.append(element("text", f"{counter}s", x=middle, y=HEIGHT - 4, text_anchor="middle"))
     return drawn
 
 

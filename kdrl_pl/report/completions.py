@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
@@ -21,12 +22,14 @@ class Change:
         early, late: rows.
         when: rollouts done before each.
         alike: 0 … 1, how much of the texts is the same.
+        pieces: of the later text, each with whether it was not there before.
     """
 
     early: Row
     late: Row
     when: tuple[int, int]
     alike: float
+    pieces: Sequence[tuple[str, bool]]
 
 
 def best_and_worst(rows: Rows, count: int = 3) -> tuple[Rows, Rows]:
@@ -60,12 +63,20 @@ def changes(run: Run, count: int = 4) -> list[Change]:
             for row in _one_per_prompt(run.rows(rollout)):
                 seen.setdefault(row["uid"], []).append((rollout, row))
         pairs = [(v[0][1], v[-1][1], (v[0][0], v[-1][0])) for v in seen.values() if len(v) > 1]
-    made = [
-        Change(a, b, when, SequenceMatcher(None, a["completion"][:2000], b["completion"][:2000], False).ratio())
-        for a, b, when in pairs[:200]
-    ]
+    made = [_change(*pair) for pair in pairs[:200]]
     changed = [change for change in made if change.early["completion"] != change.late["completion"]]
     return sorted(changed, key=lambda c: (c.early["correct"] == c.late["correct"], c.alike))[:count]
+
+
+def _change(early: Row, late: Row, when: tuple[int, int]) -> Change:
+    """Compared letter by letter where the texts are short, word by word where that would take long."""
+    texts = [row["completion"] for row in (early, late)]
+    short = max(map(len, texts)) <= 300
+    a, b = (list(text) if short else re.findall(r"\w+|\W", text)[:600] for text in texts)
+    matcher = SequenceMatcher(None, a, b, autojunk=False)
+    pieces = [("".join(b[j:k]), kind != "equal") for kind, _, _, j, k in matcher.get_opcodes() if k > j]
+    rest = texts[1][sum(len(piece) for piece, _ in pieces) :]
+    return Change(early, late, when, matcher.ratio(), [*pieces, (rest, False)])
 
 
 def most_disputed(rows: Rows, count: int = 4) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from functools import partial
 
 from kdrl_pl.report.run import Run
 from kdrl_pl.report.tokens import Decode
@@ -21,4 +20,4 @@ def decoder_of(run: Run) -> Decode | None:
     except (OSError, ValueError) as error:
         log.warning("tokens are shown as numbers: %s", error)
         return None
-    return partial(tokenizer.decode, skip_special_tokens=False)
+    return lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=False))

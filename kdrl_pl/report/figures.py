@@ -61,8 +61,11 @@ FIGURES = (
     Figure("Ratio clipped", {"train/clip_fraction": "tokens"}, "share"),
     Figure("Learning rate", {"train/lr": "of the last update"}),
     Figure("Skipped optimizer steps", {"train/skipped_steps": "so far"}, "steps"),
-    Figure("Sampler against trainer", {"rollout/sampler_drift_max": "largest", "rollout/sampler_drift_mean": "mean"},
-           "nats"),
+    Figure(
+        "Sampler against trainer",
+        {"rollout/sampler_drift_max": "largest", "rollout/sampler_drift_mean": "mean"},
+        "nats",
+    ),
     Figure(
         "Rewards that failed",
         {"reward/errors": "errors", "reward/unparsable": "no answer read", "reward/timeout": "time-outs"},
@@ -156,7 +159,9 @@ def _validation(run: Run, title: str, metric: str, unit: str = "share") -> Marku
     """One line per set; the loss of kdrl sft where `metric` is empty."""
     if not metric:
         return _chart(Figure(title, {}, unit), [curve("loss", _validated(run, "val/loss"))], run.counter)
-    curves = [curve(name.split("/", 1)[1].rpartition("/")[0], _validated(run, name)) for name in _set_metrics(run, metric)]
+    curves = [
+        curve(name.split("/", 1)[1].rpartition("/")[0], _validated(run, name)) for name in _set_metrics(run, metric)
+    ]
     return _chart(Figure(title, {}, unit), curves, run.counter)
 
 

@@ -1,7 +1,7 @@
 """HTML put together from elements: whatever is not markup already is escaped, so nothing a model wrote can act.
 
-A page holds no script and loads nothing; its Content-Security-Policy says so to the browser as well, so that even markup
-that slipped in could not run or call out.
+A page holds no script and loads nothing; its Content-Security-Policy says so to the browser as well, so that even
+markup that slipped in could not run or call out.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +61,27 @@ def report(run: Run, folder: Path, decode: Decode | None = None) -> str:
         folder: where the page will stand, for its links.
         decode: see `tokens.tokens_of`.
     """
+    sections = {
+        "Results": [before_and_after(run.before, run.after)] if run.after else [],
+        "Alarms": alarm_list(run.alarms, folder, run.counter),
+        "Curves": [chart_grid(charts)] if (charts := run_figures(run)) else [],
+        "Completions": _completions(run),
+        "Tokens": _disagreement(run, decode),
+        "Settings": _settings(run),
+        "Metrics": [_metrics(run)] if run.training else [],
+        "Environment": [_environment(run.environment)] if run.environment is not None else [],
+        "Again": _again(run),
+    }
+    shown = {title: content for title, content in sections.items() if content}
+    links = [element("li", element("a", title, href=f"#{title.lower()}")) for title in shown]
     return document(
         f"{run.name}: report",
         STYLE,
         element("h1", run.name),
         element("p", _status(run)),
         _headline(run),
-        _section("Results", before_and_after(run.before, run.after) if run.after else None),
-        _section("Alarms", alarm_list(run.alarms, folder, run.counter)),
-        _section("Curves", chart_grid(run_figures(run))) if run.training or run.validations else None,
-        _completions(run),
-        _disagreement(run, decode),
-        _section("Settings", *_settings(run)),
-        _section("Every metric", _metrics(run) if run.training else None),
-        _section("Environment", _environment(run)),
-        _section("Again", *_again(run)),
+        element("nav", element("ul", links, class_="legend"), aria_label="Sections"),
+        *(element("section", element("h2", title), *content, id=title.lower()) for title, content in shown.items()),
     )
 
 
@@ -120,12 +126,7 @@ def _headline(run: Run) -> Markup | None:
     return element("ul", tiles, class_="tiles") if tiles else None
 
 
-def _section(title: str, *content: Any) -> Markup | None:
-    """A part of the page; None when it has nothing to show."""
-    return element("section", element("h2", title), *content) if any(content) else None
-
-
-def _completions(run: Run) -> Markup | None:
+def _completions(run: Run) -> list[Any]:
     stored = run.stored()
     rows = run.rows(stored[-1]) if stored else []
     best, worst = best_and_worst(rows)
@@ -141,11 +142,11 @@ def _completions(run: Run) -> Markup | None:
         if group:
             cards = [element("div", completion(row, row["uid"]), class_="card") for row in group]
             shown += [element("h3", f"{title} of rollout {stored[-1] + 1}"), element("div", cards, class_="pair")]
-    return _section("Completions", *shown)
+    return shown
 
 
-def _disagreement(run: Run, decode: Decode | None) -> Markup | None:
-    """A few rows of the newest stored rollout, and of the oldest when it is another."""
+def _disagreement(run: Run, decode: Decode | None) -> list[Any]:
+    """Where student and teacher disagree: a few rows of the newest stored rollout, and of the oldest when it is another."""
     stored = run.stored()
     shown: list[Any] = []
     for rollout, count in ((stored[-1], 4), (stored[0], 2)) if len(stored) > 1 else ((n, 4) for n in stored):
@@ -157,18 +158,20 @@ def _disagreement(run: Run, decode: Decode | None) -> Markup | None:
         if views:
             shown += [element("h3", f"Rollout {rollout + 1}"), *views]
     if not shown:
-        return None
+        return []
     told = _told(objective_at(run, stored[-1]).estimator)
-    ids = None if decode else element("p", "The student's tokenizer was not found, so tokens are numbers.", class_="note")
-    return _section("Where student and teacher disagree", element("p", told), tokens_legend(), ids, *shown)
+    ids = (
+        None if decode else element("p", "The student's tokenizer was not found, so tokens are numbers.", class_="note")
+    )
+    return [element("p", told), tokens_legend(), ids, *shown]
 
 
 def _told(estimator: str) -> str:
     """What the colours of tokens say."""
     whole = " It pulls at every word of the vocabulary; what is shown is the word that was sampled."
     return (
-        "Words of the student coloured by d = log-prob of the teacher − log-prob of the student. The reward pulls by the "
-        "advantage, the teacher by β·f(d)." + (whole if estimator in ("full", "top_k") else "")
+        "Where student and teacher disagree: words of the student coloured by d = log-prob of the teacher − log-prob of the student. The reward pulls by "
+        "the advantage, the teacher by β·f(d)." + (whole if estimator in ("full", "top_k") else "")
     )
 
 
@@ -208,10 +211,7 @@ def _metrics(run: Run) -> Markup:
     return element("details", element("summary", f"{len(rows)} metrics (docs/metrics.md says what they are)"), content)
 
 
-def _environment(run: Run) -> Markup | None:
-    if run.environment is None:
-        return None
-    env = run.environment
+def _environment(env: Mapping[str, Any]) -> Markup:
     cpu, git = env.get("cpu") or {}, env.get("git")
     devices = ", ".join(str(device.get("name")) for device in env.get("devices") or []) or "none"
     packages = {name: version for name, version in (env.get("packages") or {}).items() if version is not None}
@@ -233,8 +233,10 @@ def _again(run: Run) -> list[Any]:
     if command == "fit":
         lines.append(f"kdrl fit --resume {shlex.quote(str(run.folder))} --run.max_rollouts {max(run.done * 2, 1)}")
     lines.append(f"kdrl export {shlex.quote(str(run.folder))}")
-    told = "The same run, the run continued, and its student as a Hugging Face folder:" if command == "fit" else (
-        "The same run, and its student as a Hugging Face folder:"
+    told = (
+        "The same run, the run continued, and its student as a Hugging Face folder:"
+        if command == "fit"
+        else ("The same run, and its student as a Hugging Face folder:")
     )
     return [
         element("p", told),

@@ -74,12 +74,7 @@ class Run:
         """The newest validation after the first update; empty before it."""
         if self.summary is not None:
             return self.summary["val"]["after"]
-        results: dict[str, dict[str, float]] = {}
-        for name, value in self.validations[-1].items() if self.validations else ():
-            _, *middle, metric = name.split("/")
-            if name.startswith("val/") and middle and value is not None:
-                results.setdefault("/".join(middle), {})[metric] = value
-        return results
+        return validation_results(self.validations[-1]) if self.validations else {}
 
     def stored(self) -> list[int]:
         """Numbers of the rollouts whose rows are on disk, in order."""
@@ -136,6 +131,17 @@ def read_run(folder: str | Path) -> Run:
         alarms=JSONLines(folder / "alarms.jsonl").read(),
         samples=samples,
     )
+
+
+def validation_results(row: Mapping[str, Any]) -> Results:
+    """Set -> metrics of a row `val/<set>/<metric>`; what is averaged over sets is left out."""
+    results: dict[str, dict[str, float]] = {}
+    for name, value in row.items():
+        group, _, rest = name.partition("/")
+        of, _, metric = rest.rpartition("/")
+        if group == "val" and of and value is not None:
+            results.setdefault(of, {})[metric] = value
+    return results
 
 
 def _is_validation(row: Mapping[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ _RESULTS = {
 
 def results_rows(results: Results) -> tuple[list[str], dict[str, list[str]]]:
     """Heads, and set -> cells of a table of validation results; pass@k is that of the largest k."""
-    largest = [max((int(m[8:]) for m in metrics if m.startswith("pass_at_")), default=0) for metrics in results.values()]
+    largest = [
+        max((int(m[8:]) for m in metrics if m.startswith("pass_at_")), default=0) for metrics in results.values()
+    ]
     names = dict(_RESULTS)
     if any(largest):
         k = max(largest)
@@ -68,8 +71,20 @@ def shortened(text: str, limit: int = _TEXT) -> str:
     return f"{text[: limit // 2]}\n… {len(text) - limit:,} characters …\n{text[-(limit // 2) :]}"
 
 
-def completion(row: Mapping[str, Any], title: str = "", prompt: bool = True) -> Markup:
-    """One row: what was asked, what was answered, what it was worth."""
+def completion(
+    row: Mapping[str, Any], title: str = "", prompt: bool = True, pieces: Sequence[tuple[str, bool]] = ()
+) -> Markup:
+    """One row: what was asked, what was answered, what it was worth.
+
+    Args:
+        row: as stored.
+        title: before everything.
+        prompt: whether to show it.
+        pieces: the response in parts, each with whether it is marked; empty marks nothing.
+    """
+    text: Any = shortened(row["completion"])
+    if pieces and len(row["completion"]) <= _TEXT:
+        text = [element("mark", piece) if marked else piece for piece, marked in pieces]
     verdict = element("span", "right", class_="good") if row["correct"] else element("span", "wrong", class_="bad")
     facts = [f"reward {number(row['reward'])}", f"{len(row['response_ids']):,} tokens"]
     if row.get("advantage") is not None:
@@ -81,18 +96,22 @@ def completion(row: Mapping[str, Any], title: str = "", prompt: bool = True) -> 
         "div",
         element("p", [title, ": "] if title else None, verdict, f", {', '.join(facts)}", class_="note"),
         element("pre", shortened(row["prompt"], 1200)) if prompt else None,
-        element("pre", shortened(row["completion"])),
+        element("pre", text),
     )
 
 
 def change(pair: Change, counter: str = "rollout") -> Markup:
     """The same problem early and late, side by side."""
-    first, last = (f"after {when:,} {counter}{'' if when == 1 else 's'}" for when in pair.when)
+    first, last = (
+        f"after {when:,} {counter}{'' if when == 1 else 's'}" if when else "before training" for when in pair.when
+    )
     return element(
         "div",
         element("p", pair.late["uid"], class_="note"),
         element("pre", shortened(pair.late["prompt"], 1200)),
-        element("div", completion(pair.early, first, False), completion(pair.late, last, False), class_="pair"),
+        element(
+            "div", completion(pair.early, first, False), completion(pair.late, last, False, pair.pieces), class_="pair"
+        ),
         class_="card",
     )
 
@@ -172,7 +191,8 @@ def alarm_list(alarms: Sequence[Mapping[str, Any]], folder: Path, counter: str) 
         times = f", {count} times" if count > 1 else ""
         link: Any = "docs/troubleshooting.md"
         if _DOCS.is_file():
-            link = element("a", link, href=f"{Path(os.path.relpath(_DOCS, folder)).as_posix()}#{code.lower()}")
+            href = f"{Path(os.path.relpath(_DOCS, folder)).as_posix()}#{_anchor(code)}"
+            link = element("a", link, href=href)
         where = f"{counter} {alarm['rollout'] + 1}" if isinstance(alarm.get("rollout"), int) else ""
         shown.append(
             element(
@@ -184,6 +204,13 @@ def alarm_list(alarms: Sequence[Mapping[str, Any]], folder: Path, counter: str) 
             )
         )
     return shown
+
+
+def _anchor(code: str) -> str:
+    """What the heading `## K001: hardly any signal` of the page is linked by."""
+    headings = [line[3:] for line in _DOCS.read_text().splitlines() if line.startswith("## ")]
+    heading = next((heading for heading in headings if heading.startswith(f"{code}:")), code)
+    return re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
 
 
 def _visible(text: str) -> str:

@@ -83,7 +83,7 @@ def _walk(name: str, value: Any, default: Any) -> Iterator[Setting]:
         usual = f"{type(default).__module__}.{type(default).__qualname__}"
         same = _find(value["class_path"]) is type(default)
         yield Setting(name, value["class_path"], usual if same else None, not same)
-        defaults = _defaults(value["class_path"])
+        defaults: Mapping[str, Any] = _defaults(value["class_path"])
         value = value.get("init_args") or {}
     elif name in {f"data.{stage}" for stage in _SETS}:
         for key, item in value.items():

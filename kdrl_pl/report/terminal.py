@@ -27,7 +27,7 @@ _STYLES = {
     3: "black on #8cc0ef",
     4: "black on #5aa5e8",
 }
-_SHOWN = 30  # rows of the table
+_SHOWN = 12  # rows of the table
 
 
 def console(file: IO[str] | None = None) -> Console:
@@ -115,10 +115,7 @@ def show_rows(rows: Rows, out: Console) -> None:
         reward = "none" if row["reward"] is None else f"{row['reward']:.3g}"
         prompt = printable(row["prompt"]).replace("\n", " ")[-40:]
         verdict = "right" if row["correct"] else "wrong"
-        out.print(
-            Text(
-                f"{i:>5}  {disagreement_of(row):>8.3f}  {verdict:<7}  {reward:>7}  {len(row['response_ids']):>6}  {prompt}"
-            )
-        )
+        numbers = f"{reward:>7}  {len(row['response_ids']):>6}"
+        out.print(Text(f"{i:>5}  {disagreement_of(row):>8.3f}  {verdict:<7}  {numbers}  {prompt}"))
     if len(rows) > _SHOWN:
         out.print(Text(f"… and {len(rows) - _SHOWN} rows more; --row shows any of them"))

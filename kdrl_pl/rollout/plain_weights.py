@@ -1,12 +1,16 @@
-"""The student as another program reads it: config and weights of a Hugging Face folder, cut to V* rows.
+"""The student as another program reads it: a Hugging Face folder cut to V* rows, its head untied.
 
-The model may have more rows than the tokenizer has ids (padding). An engine that computes its own softmax would put them
-into the normaliser; where it is given a model of V* rows, there is nothing to mask.
+The model may have more rows than the tokenizer has ids (padding). An engine that computes its own softmax would put
+them into the normaliser; given a model of V* rows, it has nothing to mask. And a head that is the embedding (tied)
+becomes a weight of its own: vLLM's CPU build keeps a packed copy of a tied head that new weights never reach.
+
+    python -m kdrl_pl.rollout.plain_weights STUDENT FOLDER      # writes such a folder, for a vLLM server
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import argparse
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,7 +32,7 @@ def model_rows(model: PreTrainedModel) -> int:
 
 
 def write_config(student: LanguageModel, folder: Path, dtype: str) -> None:
-    """Write the config.json of the student with V* rows.
+    """Write the config.json of the student with V* rows and an untied head.
 
     Args:
         student: its config is left as it is.
@@ -41,6 +45,7 @@ def write_config(student: LanguageModel, folder: Path, dtype: str) -> None:
     config.dtype = getattr(torch, dtype)
     text = config.get_text_config()
     text.vocab_size = student.vocab_size
+    config.tie_word_embeddings = text.tie_word_embeddings = False
     for name in ("pad_token_id", "bos_token_id"):
         if (getattr(text, name, None) or 0) >= student.vocab_size:
             setattr(text, name, None)  # a default of the config's class that this tokenizer does not have
@@ -50,14 +55,15 @@ def write_config(student: LanguageModel, folder: Path, dtype: str) -> None:
 
 
 @torch.no_grad()
-def plain_weights(student: LanguageModel, rows: int) -> dict[str, Tensor]:
-    """The current weights under the names of the model's Hugging Face folder, most of them views, none with gradient.
+def plain_weights(student: LanguageModel, rows: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """The current weights under the names of the model's Hugging Face folder, one after the other, without gradient.
 
-    A weight that stands in two places (a tied head) is there once. An adapter (LoRA) is added to its base.
+    A tied head is there under both of its names. An adapter (LoRA) is added to its base.
 
     Args:
         student: its weights lie whole on this process, see `parallel.gathered_weights`.
         rows: of embedding and head; further ones are cut off.
+        dtype: they are cast to; a weight that has it already is a view.
 
     Raises:
         ValueError: the weights are quantised, or adapted and sharded at once.
@@ -73,9 +79,9 @@ def plain_weights(student: LanguageModel, rows: int) -> dict[str, Tensor]:
                 "the student has an adapter and is sharded (FSDP2), and its merged weights cannot be handed to another "
                 "program; use the in-process rollout engine, or train without model.adapter or with another strategy"
             )
-        weights = _each_once(merged_weights(model).items())
+        weights = merged_weights(model)
     else:
-        weights = _each_once(_named_tensors(model))
+        weights = dict(_named_tensors(model))
     for name, tensor in weights.items():
         if not tensor.is_floating_point() and tensor.dtype != torch.int64:
             raise ValueError(
@@ -87,25 +93,53 @@ def plain_weights(student: LanguageModel, rows: int) -> dict[str, Tensor]:
         for name in (f"{path}.weight", f"{path}.bias"):
             if any(module is end for end in ends) and name in weights:
                 weights[name] = weights[name][:rows]
-    return revert_weight_conversion(model, weights)
+    stored = revert_weight_conversion(model, weights)
+    return ((name, tensor.to(dtype) if tensor.is_floating_point() else tensor) for name, tensor in stored.items())
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters and saved buffers. Not `state_dict()`: under FSDP2 that shards the weights again."""
-    yield from ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    yield from ((name, parameter.detach()) for name, parameter in model.named_parameters(remove_duplicate=False))
     for path, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix=path, recurse=False):
             if name.rpartition(".")[2] not in module._non_persistent_buffers_set:
                 yield name, buffer
 
 
-def _each_once(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-    """Without those that are others under a second name."""
-    places = set()
-    kept: dict[str, Tensor] = {}
-    for name, tensor in tensors:
-        place = (tensor.data_ptr(), tuple(tensor.shape))
-        if place not in places:
-            kept[name] = tensor
-        places.add(place)
-    return kept
+def write_folder(student: LanguageModel, folder: Path, dtype: str) -> None:
+    """Write config and weights with V* rows and an untied head.
+
+    Args:
+        student: as it is.
+        folder: is made.
+        dtype: "float32", "bfloat16" or "float16".
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(student, folder, dtype)
+    write_weights(plain_weights(student, student.vocab_size, getattr(torch, dtype)), folder)
+
+
+def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:
+    """Write one safetensors file, in which no two weights share memory."""
+    from safetensors.torch import save_file
+
+    alone = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in weights}
+    save_file(alone, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main() -> None:
+    """Command line of this module."""
+    from kdrl_pl.models.language_model import LanguageModel
+    from kdrl_pl.models.loading import DTYPES, load_tokenizer
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("student", help="Hugging Face folder or hub name")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    options = parser.parse_args()
+    write_folder(LanguageModel.load(options.student), options.folder, options.dtype)
+    load_tokenizer(options.student).save_pretrained(options.folder)
+
+
+if __name__ == "__main__":
+    main()

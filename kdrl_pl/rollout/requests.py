@@ -1,4 +1,4 @@
-"""What every engine asks of a rollout's request before it samples, so that a wrong one gets the same message everywhere."""
+"""What every engine asks of a rollout's request before it samples: a wrong one gets the same message everywhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def check_request(
         vocab_size: V*; ids from here on are never sampled.
 
     Raises:
-        ValueError: a prompt is empty or has an unknown id, the number of keys is not P·G, or a stop id is never sampled.
+        ValueError: a prompt is empty or has an unknown id, the number of keys is not P·G, or a stop id is never
+            sampled.
     """
     if group_size < 1 or len(keys) != len(prompts) * group_size:
         raise ValueError(

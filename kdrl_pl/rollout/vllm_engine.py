@@ -4,9 +4,9 @@ vLLM is given a config of V* rows and random weights, then the student's: nothin
 returns are those of the distribution it drew from (`logprobs_mode=processed_logprobs`: after temperature and filters).
 Token ids go in and come out; it never sees a tokenizer. Written against vLLM 0.32.
 
-Where this differs from the in-process engine: samples are another draw than that engine's of the same keys; a row draws
-the same numbers again under the same key, but logits depend on which rows share a step, in their last bits. With several
-filters on, vLLM applies min-p first.
+Where this differs from the in-process engine: samples are another draw than that engine's of the same keys; a row
+draws the same numbers again under the same key, but logits depend on which rows share a step, in their last bits. With
+several filters on, vLLM applies min-p first.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class VLLMEngine:
 
     Args:
         dtype: of vLLM's weights: "bfloat16", "float16" or "float32".
-        gpu_memory_utilization: share of the device's memory for vLLM's weights and cache together; the trainer needs the
-            rest. On the CPU of the machine's memory.
+        gpu_memory_utilization: share of the device's memory for vLLM's weights and cache together; the trainer needs
+            the rest. On the CPU of the machine's memory.
         max_model_len: tokens of the longest prompt and response together; null = what the model's config allows.
         enforce_eager: run without compilation and CUDA graphs; null = on the CPU only.
         sleep: give weights and cache back to the GPU between rollouts (vLLM's sleep mode, level 2), so that the update
@@ -93,7 +93,9 @@ class VLLMEngine:
                 "its own here: leave them at 1, and use a vLLM server (VLLMServerEngine) for a model too large for one"
             )
         if clash := sorted(engine_args.keys() & _OURS):
-            raise ValueError(f"engine_args names {', '.join(clash)}, which the engine sets itself or has an argument for")
+            raise ValueError(
+                f"engine_args names {', '.join(clash)}, which the engine sets itself or has an argument for"
+            )
         self.dtype, self.gpu_memory_utilization, self.max_model_len = dtype, gpu_memory_utilization, max_model_len
         self.enforce_eager, self.sleep, self.engine_args = enforce_eager, sleep, engine_args
         self._llm: Any = None
@@ -119,7 +121,7 @@ class VLLMEngine:
             self._build(student)
             if not self._is_awake:
                 self._llm.wake_up(tags=["weights"])
-            weights = iter(plain_weights(student, student.vocab_size).items())
+            weights = plain_weights(student, student.vocab_size, getattr(torch, self.dtype))
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             if not self._is_awake:
                 self._llm.wake_up(tags=["kv_cache"])
@@ -146,9 +148,7 @@ class VLLMEngine:
         """
         if self._llm is None or not self._is_awake:
             raise ValueError("the engine has no weights; call sync(student, stop_token_ids) before generate")
-        check_request(
-            prompts, group_size, sampling, keys, known_ids=self._vocab_size, vocab_size=self._vocab_size
-        )
+        check_request(prompts, group_size, sampling, keys, known_ids=self._vocab_size, vocab_size=self._vocab_size)
         limit = self._llm.llm_engine.model_config.max_model_len
         needed = max(map(len, prompts), default=0) + sampling.max_tokens
         if needed > limit:
@@ -213,7 +213,9 @@ class VLLMEngine:
         try:
             from vllm import LLM
         except ImportError as error:
-            raise ValueError(f"VLLMEngine needs vLLM ({error}); pip install 'kdrl_pl[vllm]', see docs/vllm.md") from error
+            raise ValueError(
+                f"VLLMEngine needs vLLM ({error}); pip install 'kdrl_pl[vllm]', see docs/vllm.md"
+            ) from error
         is_cpu = self._device.type == "cpu"
         settings: dict[str, Any] = {
             "enforce_eager": is_cpu if self.enforce_eager is None else self.enforce_eager,

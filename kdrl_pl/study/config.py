@@ -26,12 +26,14 @@ class Arm:
         set: further settings, dotted name -> value, as on the command line.
         seeds: of this arm.
         testbeds: names of those it runs on.
+        sft: the arm imitates the teacher's right responses instead, with these settings of `kdrl sft`.
     """
 
     config: tuple[str, ...]
     set: Mapping[str, Any]
     seeds: tuple[int, ...]
     testbeds: tuple[str, ...]
+    sft: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -117,25 +119,34 @@ def _study(content: Any) -> Study:
 
 def _arm(name: str, value: Any, seeds: tuple[int, ...], testbeds: tuple[str, ...]) -> Arm:
     where = f"arms.{name}"
-    value = _mapping(value or {}, where, ("config", "set", "seeds", "testbeds"))
-    settings = value.get("set") or {}
-    if not isinstance(settings, dict):
-        raise ValueError(f"{where}.set: is {settings!r}; expected settings like model.distillation.coef: 0.1")
-    for setting in settings:
-        if not _SETTING.fullmatch(str(setting)):  # it becomes an option: --allow-import and the like are the user's
-            raise ValueError(f"{where}.set: {setting!r} is no setting; expected one like model.distillation.coef")
-        if str(setting).startswith(_OURS):
-            raise ValueError(f"{where}.set: {setting} is what the study sets itself; expected settings of the method")
+    value = _mapping(value or {}, where, ("config", "set", "seeds", "testbeds", "sft"))
+    settings, sft = _settings(value.get("set") or {}, f"{where}.set"), value.get("sft")
+    if sft is not None:
+        sft = _settings(sft, f"{where}.sft")
+        if settings or value.get("config"):
+            raise ValueError(f"{where}.sft: stands alone; its settings are those of kdrl sft, without config or set")
     chosen = _texts(value.get("testbeds") or testbeds, f"{where}.testbeds")
     for testbed in chosen:
         if testbed not in testbeds:
             raise ValueError(f"{where}.testbeds: {unknown('testbed', testbed, testbeds)}")
     return Arm(
         config=_texts(value.get("config") or [], f"{where}.config"),
-        set={str(key): item for key, item in settings.items()},
+        set=settings,
+        sft=sft,
         seeds=_seeds(value["seeds"], f"{where}.seeds") if "seeds" in value else seeds,
         testbeds=chosen,
     )
+
+
+def _settings(settings: Any, where: str) -> dict[str, Any]:
+    if not isinstance(settings, dict):
+        raise ValueError(f"{where}: is {settings!r}; expected settings like model.distillation.coef: 0.1")
+    for setting in settings:
+        if not _SETTING.fullmatch(str(setting)):  # it becomes an option: --allow-import and the like are the user's
+            raise ValueError(f"{where}: {setting!r} is no setting; expected one like model.distillation.coef")
+        if str(setting).startswith(_OURS):
+            raise ValueError(f"{where}: {setting} is what the study sets itself; expected settings of the method")
+    return {str(key): item for key, item in settings.items()}
 
 
 def _pairs(content: Mapping[str, Any], arms: Mapping[str, Arm]) -> tuple[tuple[str, str], ...]:

@@ -32,6 +32,7 @@ class Run:
         config: files, the testbed's first.
         set: settings of the arm, dotted name -> value.
         digest: of everything that decides the figures, but the seed.
+        sft: the run imitates instead (`study.imitation`), with these settings of `kdrl sft`.
     """
 
     testbed: str
@@ -41,6 +42,7 @@ class Run:
     config: tuple[str, ...]
     set: Mapping[str, Any]
     digest: str
+    sft: Mapping[str, Any] | None = None
 
     @property
     def name(self) -> str:
@@ -57,6 +59,13 @@ class Run:
             root: folder of the study.
         """
         folder = self.folder(root)
+        if self.sft is not None:
+            return [
+                *(sys.executable, "-m", "kdrl_pl.study.imitation"),
+                *(f"--config={file}" for file in self.config),
+                *(f"--set={name}={_as_argument(value)}" for name, value in self.sft.items()),
+                *("--folder", str(folder), "--seed", str(self.seed), "--rollouts", str(self.rollouts)),
+            ]
         return [
             *(sys.executable, "-m", "kdrl_pl", "fit"),
             # In one word each, so that no file name or value can be an option itself.
@@ -94,9 +103,13 @@ def plan(study: Study, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> l
             merged = merge(base, read_configs(arm.config))
             for setting, value in arm.set.items():
                 merged = merge(merged, _nested(setting, value))
+            if arm.sft is not None:
+                merged = {**merged, "sft": [read_configs(["configs/sft.yaml"]), dict(arm.sft)]}
             digest = settings_digest(merged, rollouts)
             config = (*files, *arm.config)
-            runs += [Run(testbed, name, seed, rollouts, config, arm.set, digest) for seed in seeds or arm.seeds]
+            runs += [
+                Run(testbed, name, seed, rollouts, config, arm.set, digest, arm.sft) for seed in seeds or arm.seeds
+            ]
     chosen = set()
     for pattern in only:
         wide = pattern if pattern.count("/") >= 2 else f"{pattern}/*"

@@ -1,4 +1,4 @@
-"""The base of a LoRA student as its teacher: distillation keeps the student near what it was, and loads no second model."""
+"""The base of a LoRA student as its teacher: it keeps the student near what it was, and no second model is loaded."""
 
 from __future__ import annotations
 

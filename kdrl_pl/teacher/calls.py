@@ -98,7 +98,13 @@ class Server:
         self._idle: list[http.client.HTTPConnection] = []
         self._busy: set[http.client.HTTPConnection] = set()
         self._away_since: float | None = None
-        self._warned = 0.0
+        self._warned = self._answered = 0.0
+        self.absences = 0  # times that it was away and came back
+
+    @property
+    def is_exposed(self) -> bool:
+        """Whether the token crosses a network in clear."""
+        return self.token is not None and self._tls is None and self._host not in ("localhost", "127.0.0.1", "::1")
 
     def get(self, path: str) -> bytes:
         """The body of the answer; see `call`."""
@@ -117,11 +123,15 @@ class Server:
         """
         pause = FIRST_PAUSE
         while True:
+            began = time.monotonic()
             try:
                 answer = self._once(method, path, body)
-            except (OSError, http.client.HTTPException, _Away) as error:
-                self._check_stop()
-                self._note_absence(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__)
+            except ssl.SSLCertVerificationError as error:
+                raise Refused(0, f"{self.url} shows a certificate that this machine does not trust: {error}") from None
+            except _Away as error:
+                self._note_absence(str(error), began)
+            except (OSError, http.client.HTTPException) as error:
+                self._note_absence(f"{type(error).__name__}: {error}", began)
             else:
                 self._note_presence()
                 return answer
@@ -179,12 +189,13 @@ class Server:
             raise _Away(f"status {response.status}: {said}")
         raise Refused(response.status, f"{self.url} refuses the request with status {response.status}: {said}")
 
-    def _note_absence(self, reason: str) -> None:
+    def _note_absence(self, reason: str, began: float) -> None:
+        self._check_stop()
         reason = printable(reason)
         with self._lock:
             now = time.monotonic()
             if self._away_since is None:
-                self._away_since, self._warned = now, -REMIND
+                self._away_since, self._warned = max(began, self._answered), -REMIND
             waited = now - self._away_since
             remind = now - self._warned >= REMIND
             self._warned = now if remind else self._warned
@@ -203,7 +214,8 @@ class Server:
 
     def _note_presence(self) -> None:
         with self._lock:
-            since, self._away_since = self._away_since, None
+            since, self._away_since, self._answered = self._away_since, None, time.monotonic()
+            self.absences += since is not None
         if since is not None:
             log.info("the teacher at %s answers again after %.0f s", self.url, time.monotonic() - since)
 

@@ -213,6 +213,9 @@ class FrozenTeacher:
         read = (lambda vocabulary: {CELL: cell_logprobs(vocabulary, stops)}) if stops else None
         shares, batches = self._passes(experience, rows)
         for batch in batches:
+            if not batch:
+                idle_pass(model, self.device, shares)
+                continue
             index = rows[batch]
             width = int(experience.attention_mask[index].sum(1).max())
             ids, mask = experience.input_ids[index, :width], asked[index, :width]
@@ -223,22 +226,26 @@ class FrozenTeacher:
             experience.teacher_logprobs[index, :width] = scores.readings.get(CELL, scores.logprobs).float()
             if hidden:
                 experience.teacher_hidden[index, :width] = scores.hidden
-        if self.cuts:
-            for _ in range(all_reduce_max(len(batches), self.device) - len(batches)):
-                idle_pass(model, self.device, shares)
         if self._waiting is not None:
             self._waiting.send_away(keep=head_parameters(model) if hidden else ())
 
     def _passes(self, experience: Experience, rows: Tensor) -> tuple[bool, list[list[int]]]:
-        """Whether the prompt of a group is read once, and which of `rows` go through each forward pass."""
+        """Whether the prompt of a group is read once, and which of `rows` go through each forward pass.
+
+        Where weights are cut over processes all make as many passes, idle ones empty ones at the end.
+        """
         lengths = experience.prompt_lengths[rows].tolist(), experience.response_lengths[rows].tolist()
         group, budget = experience.group[rows].tolist(), self.max_tokens_per_micro_batch
         shares = bool(group) and self.model.shares_prompts and sharing_pays(*lengths, group, budget)
         if self.cuts:
             shares = bool(all_reduce_max(int(shares), self.device))
         if shares:
-            return True, group_batches(*lengths, group, budget)
-        return False, micro_batches([sum(pair) for pair in zip(*lengths, strict=True)], budget)
+            batches = group_batches(*lengths, group, budget)
+        else:
+            batches = micro_batches([sum(pair) for pair in zip(*lengths, strict=True)], budget)
+        if self.cuts:
+            batches += [[]] * (all_reduce_max(len(batches), self.device) - len(batches))
+        return shares, batches
 
     def head(self) -> Head:
         """The output head, for forms that read the whole vocabulary; it stands on the device until the next `score`.

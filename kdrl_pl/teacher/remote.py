@@ -105,6 +105,11 @@ class RemoteTeacher(FrozenTeacher):
         if self.is_loaded:
             return
         self.server.token = read_token(self.token_file)
+        if self.server.is_exposed:
+            log.warning(
+                "the token goes to %s in clear, as do prompts and responses: use an https:// proxy or an SSH tunnel",
+                self.server.url,
+            )
         told = self._identify(student_tokenizer)
         self.told = told
         log.info("the teacher is %s at %s", self.fingerprint(), self.server.url)

@@ -21,6 +21,7 @@ import torch
 from fastapi import Depends, HTTPException, Request
 from litserve.loops.base import _SENTINEL_VALUE, _StopLoopError
 from litserve.loops.simple_loops import BatchedLoop
+from starlette.requests import ClientDisconnect
 
 from kdrl_pl.models.loading import check_model_path, load_tokenizer, stop_ids, vocabulary_size
 from kdrl_pl.teacher.frozen import FrozenTeacher
@@ -54,6 +55,8 @@ async def read_body(request: Request) -> ScoreRequest:
         return read_request(bytes(body), limits)
     except BadRequest as error:
         raise HTTPException(error.status, str(error)) from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the client hung up") from None
     except TimeoutError:
         raise HTTPException(408, f"the body did not arrive within {BODY_SECONDS:.0f} s") from None
 

@@ -12,13 +12,13 @@ from typing import Any
 from kdrl_pl.text import printable
 from kdrl_pl.view.state import duration
 
-# metric of a validation set -> its name, how it is written, and what its difference is written as
+# metric of a validation set -> its name, how it is written, its difference in units, and their name
 _LEARNED = {
-    "avg_at_k": ("accuracy", "{:.1%}", lambda d: f"{100 * d:+.1f} points"),
-    "maj_at_k": ("majority", "{:.1%}", lambda d: f"{100 * d:+.1f} points"),
-    "length": ("length", "{:.0f}", lambda d: f"{d:+.0f} tokens"),
-    "truncated": ("cut off", "{:.1%}", lambda d: f"{100 * d:+.1f} points"),
-    "kl_teacher": ("KL to teacher", "{:.3f}", lambda d: f"{d:+.3f} nats"),
+    "avg_at_k": ("accuracy", "{:.1%}", 100, "{:+.1f} points"),
+    "maj_at_k": ("majority", "{:.1%}", 100, "{:+.1f} points"),
+    "length": ("length", "{:.0f}", 1, "{:+.0f} tokens"),
+    "truncated": ("cut off", "{:.1%}", 100, "{:+.1f} points"),
+    "kl_teacher": ("KL to teacher", "{:.3f}", 1, "{:+.3f} nats"),
 }
 
 
@@ -46,12 +46,12 @@ def learned(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[
     rows = []
     for name, now in after.items():
         then = (before or {}).get(name, {})
-        for metric, (word, form, change) in _LEARNED.items():
+        for metric, (word, form, scale, change) in _LEARNED.items():
             value, old = now.get(metric), then.get(metric)
             if value is None or (metric == "truncated" and not value and not old):
                 continue
             was = "" if old is None else f"{form.format(old)} → "
-            more = "" if old is None else f"  ({change(round(value - old, 6) + 0.0)})"
+            more = "" if old is None else f"  ({change.format(scale * (value - old)).replace('-0 ', '+0 ')})"
             rows.append((name, word, f"{was}{form.format(value)}{more}"))
             name = ""
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from rich.console import Console, Group, RenderableType
+from rich.constrain import Constrain
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -94,7 +95,7 @@ def render(state: RunState, width: int) -> RenderableType:
         lines.append(body)
     else:
         lines += [_running(state), _metrics(state)]
-    return Group(*lines)
+    return Constrain(Group(*lines), width)
 
 
 def _phases(state: RunState) -> Table:

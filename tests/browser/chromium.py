@@ -1,8 +1,8 @@
 """Headless Chromium, driven over a pipe with its own DevTools protocol: nothing to install but the browser.
 
-    python tests/browser/chromium.py PAGE.html IMAGE.png WIDTH HEIGHT [dark]
+    python tests/browser/chromium.py PAGE.html IMAGE.png WIDTH HEIGHT light|dark [SELECTOR]
 
-takes a picture of the top of a page.
+takes a picture of a page, from its top or from the first element that SELECTOR names.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Chromium:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
 
-        high = [os.dup(fd) for fd in (theirs_in, theirs_out)]  # not 3 or 4 themselves
-        command = ["sh", "-c", f'exec "$@" 3<&{high[0]} 4>&{high[1]}', "sh", str(EXECUTABLE), *_FLAGS]
+        high = [os.dup(fd) for fd in (theirs_in, theirs_out)]  # the browser reads from 3 and writes to 4
+        command = ["bash", "-c", f'exec "$@" 3<&{high[0]} 4>&{high[1]}', "bash", str(EXECUTABLE), *_FLAGS]
         self.process = subprocess.Popen(
             [*command, f"--user-data-dir={self.profile.name}", "about:blank"],
             pass_fds=high,
@@ -138,7 +138,8 @@ class Chromium:
 
 
 if __name__ == "__main__":
-    page, image, width, height, *scheme = sys.argv[1:]
+    page, image, width, height, scheme, *start = sys.argv[1:]
     with Chromium() as browser:
-        browser.open(Path(page), int(width), int(height), dark="dark" in scheme)
-        browser.picture(Path(image), height=int(height))
+        browser.open(Path(page), int(width), int(height), dark=scheme == "dark")
+        place = f"document.querySelector({json.dumps(start[0])}).getBoundingClientRect().top" if start else "0"
+        browser.picture(Path(image), max(0, int(browser.ask(place)) - 16), int(height))

@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.kdrl_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-vllm lint demo wheel clean
+.PHONY: help venv quickstart test test-all test-browser test-vllm soak lint demo wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -36,6 +36,9 @@ test: venv  ## the tests that need neither a GPU nor minutes
 test-all: venv  ## all tests that this machine can run, the slow ones too
 	@$(BIN)/python -m pytest -q -n 2 -m 'not gpu and not browser and not vllm' $(ARGS)
 
+test-browser: venv  ## the pages of kdrl report in headless Chromium, where it is installed
+	@$(BIN)/python -m pytest -q -m browser tests/browser $(ARGS)
+
 test-vllm: $(VLLM_STAMP)  ## the tests that need vLLM, in an environment of their own (VLLM_VENV=.venv-vllm; several GB)
 	@OMP_WAIT_POLICY=PASSIVE KDRL_VLLM_PYTHON=$(abspath $(VLLM_VENV))/bin/python \
 		$(VLLM_VENV)/bin/python -m pytest -q -m 'vllm and not gpu' tests $(ARGS)
@@ -49,6 +52,9 @@ $(VLLM_STAMP): pyproject.toml setup.py constraints.txt
 	@$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers)==' > $(VLLM_VENV)/constraints.txt
 	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c $(VLLM_VENV)/constraints.txt -e '.[dev,tensorboard,lora,serve]'
 	@touch $@
+
+soak: venv  ## put every promise of docs/reliability.md to the test, about half an hour (ARGS='--only 2 soak')
+	@$(BIN)/python tests/soak/reliability.py $(ARGS)
 
 lint: venv  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -1,10 +1,11 @@
 """Rollouts of workload e (a Llama of 135 M parameters, 32 rows of 64 tokens) by every engine, in fp32 and bf16.
 
-    make test-vllm ARGS=--collect-only && .venv-vllm/bin/python benchmarks/vllm_rollout.py [--repeats 3] [--output FILE]
+    .venv-vllm/bin/python benchmarks/vllm_rollout.py [--repeats 3] [--output FILE]
 
-Runs in an environment with vLLM's CPU build. The in-process engine, vLLM in the process, and transformers' `generate`
-take turns, each in a fresh process: a short rollout first, then `--rounds` that are timed, from `sync` to the last
-token. No row ends early. Drift is how far an engine's log-probs lie from the trainer's in fp32. Prints a Markdown table.
+Runs in the environment that `make test-vllm` makes. The in-process engine, vLLM in the process, and transformers'
+`generate` take turns, each in a fresh process: a short rollout first, then `--rounds` that are timed, from `sync` to the
+last token. No row ends early. Drift is how far an engine's log-probs lie from the trainer's in fp32. Prints a Markdown
+table.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ COMMANDS = {
     "replay": "push stored rollouts through every estimator, mask and coefficient",
     "recipes": "the runs that come with the library: list, show, copy",
     "doctor": "look at machine, data, reward and models before a run",
+    "estimate": "memory, tokens and operations of a run before it runs, on any number of ranks",
     "report": "one page of what came of a run: curves, completions, settings",
     "compare": "several runs over each other: a table, a page of curves",
     "inspect": "a stored rollout token by token: teacher against student",

@@ -178,8 +178,8 @@ class Experience:
             if value is not None:
                 value = value[on_device]
                 picked[name] = value if ndim == 1 else value[:, :width]
-        names = {name: [getattr(self, name)[i] for i in index.tolist()] for name in ("uids", "teachers")}
-        return Experience(**picked, **self._common(), **names)
+        uids, teachers = ([names[i] for i in index.tolist()] for names in (self.uids, self.teachers))
+        return Experience(**picked, **self._common(), uids=uids, teachers=teachers)
 
     def to(self, device: torch.device | str) -> Experience:
         """The same rows on `device`; dtypes are never changed."""

@@ -41,7 +41,7 @@ def write_model_card(run_folder: Path, checkpoint: Path, output: Path, adapter: 
         output: the exported folder.
         adapter: it holds a LoRA adapter alone.
     """
-    match = re.search(r"-(\d+)\.ckpt$", checkpoint.name)
+    match = re.search(r"-(\d+)(\.sharded)?\.ckpt$", checkpoint.name)
     run, done = read_run(run_folder), int(match[1]) if match else None
     card = model_card(run, done, output.name, best=checkpoint.name.startswith("best-"), adapter=adapter)
     with replacing(output / "README.md") as file:

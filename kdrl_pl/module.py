@@ -203,7 +203,7 @@ class KDRLModule(LightningModule):
             if self.adapter is not None and "FSDP2" in type(self.trainer.strategy).__name__:
                 raise ValueError(
                     "model.adapter and trainer.strategy fsdp2 have not been tried together; use ddp: an adapter has "
-                    "little to cut, and its base can be small: model.adapter.quantization: 4bit, or model.dtype: bfloat16"
+                    "little to cut, and its base can be small (model.adapter.quantization: 4bit, model.dtype: bfloat16)"
                 )
         if self.needs_teacher if stage == "fit" else self.teacher is not None and self.evaluate_kl:
             self.teacher.load(self.device, load_tokenizer(self.student_path))

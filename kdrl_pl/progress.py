@@ -89,6 +89,11 @@ class Progress(Callback):
         self._state.doing = _validation(trainer, pl_module)
         self._begin()
 
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._state.doing = f"{_validation(trainer, pl_module)}: {batch.dataset}, batch {batch_idx + 1}"
+
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
         self._state.doing = ""
         if not self._is_quiet:
@@ -97,6 +102,7 @@ class Progress(Callback):
 
     on_test_start, on_test_end = on_validation_start, on_validation_end
     on_predict_start = on_validation_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._end()
@@ -125,4 +131,5 @@ def _validation(trainer: Any, pl_module: Any) -> str:
         when = f" after {rollouts} rollout{'s' if rollouts > 1 else ''}"
     else:
         when = " before training" if trainer.state.fn == "fit" else ""
-    return f"{'test' if trainer.testing else 'validation'}{when}"
+    what = "test" if trainer.testing else "prediction" if trainer.predicting else "validation"
+    return f"{what}{when}"

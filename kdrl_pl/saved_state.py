@@ -51,7 +51,7 @@ def check_adapter(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
     Raises:
         ValueError: what differs.
     """
-    state, ours = checkpoint["kdrl"]["adapter"], module.adapter
+    state, ours = checkpoint.get("kdrl", {}).get("adapter"), module.adapter  # kdrl sft writes no "kdrl"
     if (state is None) != (ours is None):
         has, lacks = ("the whole student", "is set") if state is None else ("an adapter only", "is null")
         raise ValueError(f"the checkpoint holds {has}, and model.adapter {lacks}; set model.adapter as the run had it")

@@ -24,7 +24,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12, 13], [3], [20, 21, 22, 23], [69, 0, 42, 1
 LONG = [(7 * number) % VOCABULARY for number in range(300)]  # more than one block of any engine's prompt cache
 
 
-def contract_student() -> LanguageModel:
+def contract_student(tied: bool = False) -> LanguageModel:
     """A Qwen2 with heads of 32, the smallest that vLLM's CPU attention has, and ten rows of padding.
 
     Were they allowed, the padding's ids would be the likeliest by far; its `eos_token_id` is STOP.
@@ -41,7 +41,7 @@ def contract_student() -> LanguageModel:
         pad_token_id=75,
         bos_token_id=1,
         eos_token_id=STOP,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():

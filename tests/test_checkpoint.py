@@ -54,24 +54,27 @@ def save_on_and_on(folder):
 
 
 @pytest.mark.faults
-def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path):
+def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path, record_property):
+    """KDRL_KILLS says how many kills; `make soak` makes it 50."""
+    kills = int(os.environ.get("KDRL_KILLS", "12"))
     started = time.monotonic()
     for number in range(4):
         AtomicCheckpointIO().save_checkpoint(content(number), tmp_path / "measure" / "a.ckpt")
     cycle = (time.monotonic() - started) / 4
-    for attempt in range(12):
+    for attempt in range(kills):
         folder = tmp_path / str(attempt) / "checkpoints"
         folder.mkdir(parents=True)
         pid = in_child(lambda folder=folder: save_on_and_on(folder))
         while not list(folder.glob("*.ckpt")):
             time.sleep(0.001)
-        time.sleep(cycle * (1 + attempt / 6))  # at all stages of the second to the fourth save
+        time.sleep(cycle * (1 + attempt % 12 / 6))  # at all stages of the second to the fourth save
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         present = sorted(folder.glob("*.ckpt"))
         assert 1 <= len(present) <= 2
         assert find_checkpoint(tmp_path / str(attempt)) == present[-1]
         assert all(check(path) > 0 for path in present)
+    record_property("kills, single file", kills)
 
 
 @pytest.mark.faults

@@ -71,7 +71,7 @@ def folder(tmp_path, monkeypatch):
             del sys.modules[name]
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorial.md", "docs/adapters.md"])
 def test_the_blocks_of_a_page_work(page, folder, capsys):
     ran = 0
     for language, rest, block in BLOCK.findall((ROOT / page).read_text()):

@@ -46,7 +46,7 @@ FLOORS = {
         "text",
         "view.",
     ],
-    "models": ["data.", "environment", "export", "models.", "parallel", "rollout.", "shards", "teacher."],
+    "models": ["data.", "environment", "estimate.", "export", "models.", "parallel", "rollout.", "shards", "teacher."],
     "lightning": [
         "checkpoint",
         "data.base",

@@ -215,6 +215,8 @@ def test_the_commands(tmp_path, monkeypatch, capsys):
     assert main(["export", str(folder), "--last", "--output=whole"]) == 0
     assert main(["export", str(folder), "--last", "--output=adapter", "--adapter"]) == 0
     assert (tmp_path / "adapter/adapter_config.json").is_file()
+    assert main(["replay", str(folder), "--estimators", "k2", "--masks", "none"]) == 0
+    capsys.readouterr()
     plain = ["--model.student=whole", "--model.adapter=null", "--model.teacher=null", "--model.distillation=null"]
     assert main(["validate", "--config=lora.yaml", *plain]) == 0
     assert accuracies() == of_checkpoint

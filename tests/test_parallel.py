@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from kdrl_pl.parallel import all_reduce_sum, gathered_weights, rank, world_size
+from kdrl_pl.parallel import all_reduce_sum, check_strategy, gathered_weights, rank, world_size
 
 
 def test_without_a_process_group_everything_is_one_process():
@@ -27,6 +27,37 @@ def test_plain_modules_are_left_alone():
     with gathered_weights(model):
         assert all(parameter is before[name] for name, parameter in model.named_parameters())
         assert not any(name.startswith("_settle") for name in vars(model))
+
+
+@pytest.mark.parametrize("name", ["auto", "ddp", "ddp_find_unused_parameters_true", "DDPStrategy", "FSDP2Strategy"])
+def test_ways_of_training_that_are_known(name):
+    check_strategy(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("fsdp", "FSDP1 gathers the weights in its root's forward only"),
+        ("FSDPStrategy", "FSDP1 gathers the weights in its root's forward only"),
+        ("ModelParallelStrategy", "its checkpoints can tear, and of what it offers beyond FSDP2 tensor parallelism"),
+        ("deepspeed_stage_3", "it has not been tried with rollouts in the training process"),
+        ("kdrl_pl.fsdp2.FSDP2Strategy", "a class is given as class_path and init_args"),
+    ],
+)
+def test_others_are_refused_with_the_cure(name, reason):
+    with pytest.raises(ValueError, match=rf"trainer.strategy is {name}: {reason}.*Use auto .* or fsdp2 "):
+        check_strategy(name)
+
+
+def test_a_trainer_with_another_strategy_is_refused_too(tiny_models, tmp_path):
+    from lightning.pytorch.strategies import SingleDeviceStrategy
+    from tiny_run import fit, make_module
+
+    class Own(SingleDeviceStrategy):
+        pass
+
+    with pytest.raises(ValueError, match=r"trainer.strategy is Own: it has not been tried"):
+        fit(tmp_path, make_module(*tiny_models), strategy=Own("cpu"), accelerator="auto", devices="auto")
 
 
 @pytest.mark.distributed

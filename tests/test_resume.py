@@ -141,7 +141,9 @@ def run(folder, models, settings, **trainer):
         ("8-bit optimizer", 3, ("on_train_batch_start", "on_train_batch_end"), (2, 3)),
     ],
 )
-def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, done, tiny_models, tmp_path):
+def test_resumed_runs_equal_the_uninterrupted_one(
+    variant, val_every, hooks, done, tiny_models, tmp_path, record_property
+):
     settings, folder = VARIANTS[variant], tmp_path / "run"
     first = SaveEverywhere(tmp_path / "points", "first", BEFORE)
     last = SaveEverywhere(tmp_path / "points", "last", hooks)
@@ -158,7 +160,7 @@ def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, don
     plain = tmp_path / "plain"
     assert difference(expected, state(plain, *run(plain, tiny_models, settings, val_check_interval=val_every))) is None
 
-    broken = {}
+    broken, compared = {}, 0
     points = [point for point in first.saves + last.saves if int(point.name[0]) in done]
     assert {point.name[0] for point in points} == {str(rollouts) for rollouts in done}
     for point in points:
@@ -171,6 +173,8 @@ def test_resumed_runs_equal_the_uninterrupted_one(variant, val_every, hooks, don
             again, trainer = run(resumed, tiny_models, settings, val_check_interval=val_every, resume=point / "a.ckpt")
             if found := difference(expected, state(resumed, again, trainer)):
                 broken[resumed.name] = found
+            compared += 1
+    record_property("resume points", compared)
     assert not broken, "\n".join(f"{name}: {found}" for name, found in broken.items())
 
 

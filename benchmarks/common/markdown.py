@@ -144,16 +144,16 @@ def kdrl_vs_grpo_table(report: dict[str, Any]) -> str:
 
 
 def estimate_table(report: dict[str, Any]) -> str:
-    """Estimated and measured MB of each case, at the peak of all phases and of each."""
+    """Estimated and measured MB of each case, by phase and at the peak of all."""
     rows = []
     for name, case in report["cases"].items():
         estimated, measured = case["estimated"], case["measured"]
         phases = [f"{estimated[phase]:.0f} / {measured[phase]:.0f}" for phase in estimated]
-        peak = f"{max(estimated.values()):.0f} / {max(measured.values()):.0f}"
-        rows.append([name, *phases, peak, f"{case['ratio']:.2f}"])
-    phases = list(next(iter(report["cases"].values()))["estimated"])
-    table_ = table(["case", *phases, "peak", "estimated / measured"], rows)
-    return f"{machine_line(report)} MB, estimated / measured, weights included:\n\n{table_}"
+        kept = max(case["by_default"].values()) / max(measured.values())
+        rows.append([name, *phases, f"{case['ratio']:.2f}", f"{kept:.2f}"])
+    phases = [f"{phase}, MB" for phase in next(iter(report["cases"].values()))["estimated"]]
+    head = ["case", *phases, "peak, estimated / measured", "peak, malloc's defaults / measured"]
+    return f"{machine_line(report)} Estimated / measured, weights included:\n\n{table(head, rows)}"
 
 
 def vllm_rollout_table(report: dict[str, Any]) -> str:
@@ -206,6 +206,32 @@ def collectives_table(report: dict[str, Any]) -> str:
     return "\n\n".join([line, first, *([table(head, counted)] if counted else [])])
 
 
+def layouts_table(report: dict[str, Any]) -> str:
+    """Per run: GB of a rank by phase, bytes it sends, least seconds of the phases; then the commands."""
+
+    def gb(value: float) -> str:
+        return "–" if not value else f"{value / 1e9:.3g}" if value < 1e9 else f"{value / 1e9:.1f}"
+
+    phases = ("rollout", "teacher", "update")
+    memory, time = [], []
+    for name, run in report.items():
+        held, found = run["memory"]["held"], run["memory"]["phases"]
+        totals = [gb(found[phase]["total"]) if phase in found else "–" for phase in phases]
+        peak = f"**{gb(run['memory']['total'])}** ({run['memory']['peak']})"
+        memory.append([name, gb(held["student"] + held["optimizer"]), gb(held["teacher"]), *totals, peak])
+        sent = [gb(sum(run["work"][phase]["sent"].values())) if phase in run["work"] else "–" for phase in phases]
+        least = run["least_seconds"]
+        seconds = [f"{least[phase][0]:.0f} ({least[phase][1]})" if phase in least else "–" for phase in phases]
+        time.append([name, *sent, *seconds])
+    first = table(["run", "student and optimizer", "teacher", *phases, "peak"], memory)
+    second = table(["run", *(f"{p}, GB sent" for p in phases), *(f"{p}, least s" for p in phases)], time)
+    commands = "\n".join(f"    # {name}\n    {run['command']}" for name, run in report.items())
+    return (
+        f"GB of tensors on each rank, held through the run and at the peak of each phase:\n\n{first}\n\n"
+        f"GB that each rank sends per rollout, and least seconds of a phase:\n\n{second}\n\nThe commands:\n\n{commands}"
+    )
+
+
 TABLES = {
     "vs_trl": vs_trl_table,
     "roofline": roofline_table,
@@ -216,4 +242,5 @@ TABLES = {
     "vllm_rollout": vllm_rollout_table,
     "estimate": estimate_table,
     "scaling": collectives_table,
+    "layouts": layouts_table,
 }

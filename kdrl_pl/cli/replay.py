@@ -100,7 +100,8 @@ def _module(config: Mapping[str, Any], run: Path | None, options: argparse.Names
     from kdrl_pl.checkpoint import find_checkpoint
     from kdrl_pl.cli.errors import SettingsError, explain
     from kdrl_pl.module import KDRLModule
-    from kdrl_pl.plain_tensors import load_plain
+    from kdrl_pl.saved_state import check_adapter
+    from kdrl_pl.shards import read_checkpoint, whole
 
     settings = dict(config.get("model") or {})
     if settings.get("teacher") is None:
@@ -120,7 +121,9 @@ def _module(config: Mapping[str, Any], run: Path | None, options: argparse.Names
         raise SettingsError(explain(str(error), parser._option_string_actions)) from None
     module.configure_model()
     if checkpoint is not None:
-        module.load_state_dict(load_plain(checkpoint)["state_dict"])
+        content = read_checkpoint(checkpoint)
+        check_adapter(module, content)
+        module.load_state_dict(whole(content["state_dict"]), strict=module.strict_loading)
     return module.load(device), checkpoint or settings["student"]
 
 

@@ -1,5 +1,7 @@
 """Memory of one rank: what is held through a run, and what each phase takes on top.
 
+Bytes of tensors at their peak. What an allocator keeps of freed ones, and the context of a GPU, come on top of it.
+
 FSDP2 is arithmetic here, by what `fully_shard` does: shards of weights, gradients and optimizer state; embeddings, head
 and two layers gathered at a time in an update, all of the student in a rollout. Between micro-batches it keeps whole
 gradients, since they are summed over ranks once per update.
@@ -15,10 +17,6 @@ from kdrl_pl.estimate.plan import Batch, Plan
 from kdrl_pl.models.loading import DTYPES
 
 ROW_BYTES = 8 + 1 + 1 + 5 * 4 + 1  # of an Experience per token: ids, two masks, five numbers, the teacher's mask
-# What glibc's malloc keeps of pieces below 32 MB that were freed, as a share of what a phase takes for the moment:
-# measured by benchmarks/estimate.py. CUDA's allocator keeps some too; how much has not been measured.
-KEPT_BY_MALLOC = 0.25
-
 Parts = dict[str, int]
 
 
@@ -61,9 +59,6 @@ def memory(plan: Plan) -> Memory:
     if plan.module.needs_teacher and plan.module.teacher.model is not None:
         phases["teacher"] = {**kept, **_teacher(plan)}
     phases["update"] = {**kept, **_update(plan, update)}
-    if plan.is_cpu:
-        for parts in phases.values():
-            parts["kept by malloc"] = round(KEPT_BY_MALLOC * sum(parts.values()))
     trained = sum(p.numel() * p.element_size() for p in plan.models.at_rest.parameters() if p.requires_grad)
     whole = bytes_at_rest(plan.models.at_rest)
     saved = trained if plan.module.adapter is not None else whole
@@ -116,17 +111,16 @@ def _teacher(plan: Plan) -> Parts:
 
 
 def _update(plan: Plan, update: passes.UpdateBytes) -> Parts:
-    one_pass = len(plan.student_passes.rows) <= plan.updates
     if plan.layout != "fsdp2":
-        most = update.first if one_pass else update.gradients + update.activations
-        most = max(most, update.gradients + update.step)
+        arisen = update.gradients if not update.is_one else 0
+        most = max(arisen + update.activations, update.gradients + update.step)
         return {"gradients": update.gradients, "passes": most - update.gradients}
     layer, root = layer_counts(plan.models.student)
     size, own = _gathered_size(plan), _gradient_bytes(plan)
     shards = 0 if plan.cpu_offload and not plan.is_cpu else own // plan.ranks
     gathered = (2 * layer + root) * size if plan.reshard else count(plan.models.student) * size
     # whole gradients until the last micro-batch of an update; with only one, those of the layer at hand and the root
-    gradients = shards + (layer + root) * (size + 4) if one_pass else own + layer * 4
+    gradients = shards + (layer + root) * (size + 4) if update.is_one else own + layer * 4
     passing = max(update.activations, update.step // plan.ranks)
     return {"gathered weights": gathered, "gradients": gradients, "passes": passing}
 

@@ -5,10 +5,14 @@ All of them run the library's own code on models without numbers (live_bytes.py)
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
+from kdrl_pl.chunked_head import _Blocks
 from kdrl_pl.estimate.live_bytes import LiveBytes, fake, nbytes
 from kdrl_pl.estimate.plan import Plan, model_tensors, shared
 from kdrl_pl.optim import make_optimizer
@@ -20,17 +24,18 @@ class UpdateBytes:
 
     Args:
         gradients: of all trained weights.
-        activations: what the largest micro-batch needs beside complete gradients, at its peak.
-        first: peak of the first micro-batch, whose gradients arise while activations go; gradients included.
+        activations: what the largest micro-batch needs at its peak; beside complete gradients, where an update has
+            several, else with those that have arisen by then.
         state: of the optimizer, from its first step on.
         step: what a step takes for the moment.
+        is_one: an update has one micro-batch.
     """
 
     gradients: int
     activations: int
-    first: int
     state: int
     step: int
+    is_one: bool
 
 
 def hidden_bytes(plan: Plan) -> int:
@@ -52,7 +57,7 @@ def teacher_pass(plan: Plan) -> int:
     """Bytes at the peak of the teacher's largest pass, on top of its weights."""
     passes, model = plan.teacher_passes, plan.module.teacher.model
     rows = plan.experience(passes.rows[0], passes.shares)
-    with LiveBytes(model_tensors(plan.module.student, *(t.model for t in plan.models.teachers))) as live:
+    with LiveBytes(model_tensors(plan.module.student, *(t.model for t in plan.models.teachers))) as live, _few_blocks():
         model.token_logprobs(
             rows.input_ids,
             rows.response_mask,
@@ -73,20 +78,28 @@ def update(plan: Plan) -> UpdateBytes:
         rows.teacher_hidden = fake((*rows.input_ids.shape, head.shape[1]), head.dtype, head)
         held.append(rows.teacher_hidden)
     module.student.train()
-    with LiveBytes(held) as live:
-        peaks = []
-        for _ in range(2):  # the second with gradients in place
-            live.restart()
-            with plan.precision():
-                loss = module.loss(rows, 0).loss
-                loss.backward()
-            del loss
-            peaks.append(live.peak)
-    gradients = nbytes(p.grad for p in module.student.parameters() if p.grad is not None)
-    for parameter in module.student.parameters():
+    trained = [parameter for parameter in module.student.parameters() if parameter.requires_grad]
+    is_one = len(passes.rows) <= plan.updates // module.epochs_per_rollout
+    if not is_one:
+        for parameter in trained:
+            parameter.grad = fake(parameter.shape, parameter.dtype, parameter)
+            held.append(parameter.grad)
+    with LiveBytes(held) as live, plan.precision(), _few_blocks():
+        module.loss(rows, 0).loss.backward()
+    for parameter in trained:
         parameter.grad = None
-    state, step = _optimizer(plan)
-    return UpdateBytes(gradients, peaks[1] - gradients, peaks[0], state, step)
+    return UpdateBytes(nbytes(trained), live.peak, *_optimizer(plan), is_one)
+
+
+@contextmanager
+def _few_blocks() -> Iterator[None]:
+    """Inside, the head stops after three blocks of words: the others would take the same space, one by one."""
+    whole = _Blocks.__iter__
+    setattr(_Blocks, "__iter__", lambda blocks: islice(whole(blocks), 3))  # noqa: B010 - a method of a class
+    try:
+        yield
+    finally:
+        setattr(_Blocks, "__iter__", whole)  # noqa: B010
 
 
 def _optimizer(plan: Plan) -> tuple[int, int]:
@@ -116,8 +129,7 @@ def _measured_state(plan: Plan) -> int:
     matrix.grad = torch.ones_like(matrix)
     optimizer = plan.module.make_optimizer([matrix])
     optimizer.step()
-    tensors = {id(value): value for value in optimizer.state[matrix].values() if isinstance(value, torch.Tensor)}
-    own = [value for value in tensors.values() if value.numel() > 256]  # code books are the same for all weights
-    scales = [value for name, value in optimizer.state[matrix].items() if "absmax" in name]
+    # code books ("qmap") are the same for all weights
+    own = [value for name, value in optimizer.state[matrix].items() if torch.is_tensor(value) and "qmap" not in name]
     weights = sum(parameter.numel() for parameter in plan.models.at_rest.parameters() if parameter.requires_grad)
-    return round(nbytes({id(value): value for value in [*own, *scales]}.values()) / matrix.numel() * weights)
+    return round(nbytes(own) / matrix.numel() * weights)

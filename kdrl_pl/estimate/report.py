@@ -72,7 +72,8 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
         if any(row):
             yield f"{name:<{width}}" + "".join(f"{_gb(value):>12}" for value in row)
     yield f"{'together':<{width}}" + "".join(f"{_gb(phases[phase]['total']):>12}" for phase in phases)
-    yield f"the peak is the {memory_['peak']}: {_gb(memory_['total'])} GB"
+    above = "what malloc keeps of freed tensors" if told["device"] == "cpu" else "the GPU's context, and what its allocator keeps"
+    yield f"the peak is the {memory_['peak']}: {_gb(memory_['total'])} GB of tensors; {above} come on top"
     yield ""
     seconds = told["least_seconds"]
     yield f"{'each rank, each rollout':<{width}}{'TFLOP':>12}{'GB read':>12}{'GB sent':>12}{'GB copied':>12}" + (

@@ -65,11 +65,14 @@ class ValidationSamples(Callback):
             return
         done = pl_module.rollouts_done
         content = {"rollouts": done, "results": pl_module.evaluation.results, "rows": self._rows}
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.folder / f"{done:06d}.json") as file:
-            file.write(json_line(content))
-        for _, older in self._files()[1:-1]:
-            older.unlink()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(self.folder / f"{done:06d}.json") as file:
+                file.write(json_line(content))
+            for _, older in self._files()[1:-1]:
+                older.unlink()
+        except OSError as error:
+            log.warning("no samples of this validation: %s", error)
 
     def _files(self) -> list[tuple[int, Path]]:
         """(rollouts done, file), in order."""

@@ -52,12 +52,13 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
 
     Args:
         title: of the figure.
-        curves: with at least one point each.
+        curves: at least one of them with points; the others keep their colours for themselves.
         unit: of the values; "share" writes them as per cent.
         counter: what the horizontal axis counts, "rollout" or "step".
         note: a sentence below.
     """
     share = unit == "share"
+    curves, colours = _with_points(curves)
     points = [point for curve in curves for point in curve.points]
     ticks = _ticks(*_range(min(p.low for p in points), max(p.high for p in points), share), whole=False)
     first, last = min(p.first for p in points), max(p.last for p in points)
@@ -65,11 +66,11 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
     left = _left(labels)
     x, y = _scale(first, last, left, WIDTH - _RIGHT), _scale(ticks[0], ticks[-1], HEIGHT - _BOTTOM, _TOP)
     drawn = []
-    for i, curve in enumerate(curves):
+    for i, curve in zip(colours, curves, strict=True):
         if any(p.low < p.high for p in curve.points):
             edge = [(x(p.x), y(p.high)) for p in curve.points] + [(x(p.x), y(p.low)) for p in reversed(curve.points)]
             drawn.append(element("path", class_=f"band f{i}", d=_path(edge, close=True)))
-    for i, curve in enumerate(curves):
+    for i, curve in zip(colours, curves, strict=True):
         places = [(x(p.x), y(p.mean)) for p in curve.points]
         if len(places) > 1:
             drawn.append(element("path", class_=f"line s{i}", d=_path(places)))
@@ -81,7 +82,14 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
     words = [_in_words(curve, share, counter) for curve in curves]
     missing = [f"{curve.label}: {curve.missing} values were not finite" for curve in curves if curve.missing]
     said = "; ".join(filter(None, [note, *missing]))
-    return _figure(title, "" if share else unit, [axes, drawn, hits], [c.label for c in curves], words, said)
+    return _figure(
+        title,
+        "" if share else unit,
+        [axes, drawn, hits],
+        list(zip(colours, (c.label for c in curves), strict=True)),
+        words,
+        said,
+    )
 
 
 def share_chart(
@@ -121,10 +129,18 @@ def share_chart(
     axes = _axes(left, [(x(tick), f"{tick:g}") for tick in _ticks(first, last, whole=True)], rows, counter)
     totals = [math.fsum(column[i] for column in shares) / len(shares) for i in range(len(labels))]
     words = [f"{label} {number(total, True)} on average" for label, total in zip(labels, totals, strict=True)]
-    return _figure(title, "", [drawn, axes, hits], labels, words, note)
+    return _figure(title, "", [drawn, axes, hits], list(enumerate(labels)), words, note)
 
 
-def _figure(title: str, unit: str, content: object, labels: Sequence[str], words: Sequence[str], note: str) -> Markup:
+def _with_points(curves: Sequence[Curve]) -> tuple[list[Curve], list[int]]:
+    """The curves that can be drawn, and the colour of each: its place among all."""
+    drawn = [(i, curve) for i, curve in enumerate(curves) if curve.points]
+    return [curve for _, curve in drawn], [i for i, _ in drawn]
+
+
+def _figure(
+    title: str, unit: str, content: object, labels: Sequence[tuple[int, str]], words: Sequence[str], note: str
+) -> Markup:
     image = element(
         "svg",
         element("title", title),
@@ -133,9 +149,7 @@ def _figure(title: str, unit: str, content: object, labels: Sequence[str], words
         viewBox=f"0 0 {WIDTH} {HEIGHT}",
         role="img",
     )
-    keys = [
-        element("li", element("span", class_=f"key b{i}", aria_hidden="true"), label) for i, label in enumerate(labels)
-    ]
+    keys = [element("li", element("span", class_=f"key b{i}", aria_hidden="true"), label) for i, label in labels]
     return element(
         "figure",
         element("h3", title, element("span", f" [{unit}]", class_="note") if unit else None),

@@ -49,7 +49,15 @@ def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
     settings = [flat(run.config) for run in runs]
     names = dict.fromkeys(name for values in settings for name in values if name not in _ALWAYS_OTHERS)
     rows = [(name, [values.get(name) for values in settings]) for name in names]
-    return [(name, values) for name, values in rows if any(value != values[0] for value in values[1:])]
+    differing = {name: values for name, values in rows if any(value != values[0] for value in values[1:])}
+
+    def says_no_more(name: str) -> bool:
+        """Whether some runs lack the whole object, and the others have it alike."""
+        present = [value for value in differing[name] if value is not None]
+        above = (name[:i] for i, letter in enumerate(name) if letter == ".")
+        return any(parent in differing for parent in above) and all(value == present[0] for value in present)
+
+    return [(name, values) for name, values in differing.items() if not says_no_more(name)]
 
 
 def results(runs: Sequence[Run]) -> dict[str, list[list[str]]]:

@@ -134,15 +134,16 @@ def compared_figures(runs: Sequence[tuple[str, Run]]) -> list[Markup]:
             curve(label, of_metric([(run.position(row), row) for row in run.training], name), width)
             for label, run in runs
         ]
-        made.append(_chart(figure, curves, counter))
+        of = f": {figure.metrics[name]}" if len(figure.metrics) > 1 else ""
+        made.append(_chart(Figure(f"{figure.title}{of}", {}, figure.unit), curves, counter))
     return [chart for chart in made if chart is not None]
 
 
 def _chart(figure: Figure, curves: Sequence[Curve], counter: str) -> Markup | None:
     drawn = [c for c in curves if c.points]
-    if not drawn or (figure.title in _RARE and not any(p.high for c in drawn for p in c.points)):
+    if not drawn or (figure.title.partition(":")[0] in _RARE and not any(p.high for c in drawn for p in c.points)):
         return None
-    return line_chart(figure.title, drawn, figure.unit, counter)
+    return line_chart(figure.title, curves, figure.unit, counter)
 
 
 def _times(run: Run, rows: Any, width: int) -> Markup | None:

@@ -97,7 +97,12 @@ def inspect_page(run: Run, row: dict[str, Any], number: int, tokens: Sequence[To
     title = f"{run.name}: rollout {row['rollout'] + 1}, row {number}"
     estimator = objective_at(run, row["rollout"]).estimator
     return document(
-        title, STYLE, element("h1", title), element("p", _told(estimator)), tokens_legend(), token_view(tokens, row)
+        title,
+        STYLE,
+        element("h1", title),
+        element("p", _told(estimator)),
+        tokens_legend(),
+        token_view(tokens, row, 20_000),
     )
 
 
@@ -146,7 +151,7 @@ def _completions(run: Run) -> list[Any]:
 
 
 def _disagreement(run: Run, decode: Decode | None) -> list[Any]:
-    """Where student and teacher disagree: a few rows of the newest stored rollout, and of the oldest when it is another."""
+    """Where student and teacher disagree: rows of the newest stored rollout, and of the oldest when it is another."""
     stored = run.stored()
     shown: list[Any] = []
     for rollout, count in ((stored[-1], 4), (stored[0], 2)) if len(stored) > 1 else ((n, 4) for n in stored):
@@ -168,11 +173,13 @@ def _disagreement(run: Run, decode: Decode | None) -> list[Any]:
 
 def _told(estimator: str) -> str:
     """What the colours of tokens say."""
-    whole = " It pulls at every word of the vocabulary; what is shown is the word that was sampled."
-    return (
-        "Where student and teacher disagree: words of the student coloured by d = log-prob of the teacher − log-prob of the student. The reward pulls by "
-        "the advantage, the teacher by β·f(d)." + (whole if estimator in ("full", "top_k") else "")
+    told = (
+        "Where student and teacher disagree: words of the student coloured by d = log-prob of the teacher − log-prob "
+        "of the student. The reward pulls by the advantage, the teacher by β·f(d)."
     )
+    if estimator in ("full", "top_k"):
+        told += " It pulls at every word of the vocabulary; what is shown is the word that was sampled."
+    return told
 
 
 def _settings(run: Run) -> list[Any]:

@@ -12,10 +12,9 @@ from kdrl_pl.report.charts import number
 from kdrl_pl.report.completions import Change
 from kdrl_pl.report.html import Markup, element, table
 from kdrl_pl.report.run import Results
-from kdrl_pl.report.tokens import Token, disagreement
+from kdrl_pl.report.tokens import Token, facts
 
 _TEXT = 3000  # characters of a text that are shown
-_TOKENS = 1200  # tokens of a response that are shown
 _DOCS = Path(__file__).parents[2] / "docs" / "troubleshooting.md"  # in a checkout
 
 # metric of a validation -> how a table calls it
@@ -47,7 +46,9 @@ def result(name: str, value: float | None) -> str:
     """A metric of a validation as text; a dash where there is none."""
     if value is None:
         return "–"
-    return f"{value:.1%}" if name in ("avg_at_k", "maj_at_k", "truncated") or "pass_at" in name else number(value)
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.1%}" if name in ("avg_at_k", "maj_at_k", "truncated") or "pass_at" in name else f"{value:,.3g}"
 
 
 def before_and_after(before: Results | None, after: Results) -> Markup:
@@ -130,18 +131,23 @@ def tokens_legend() -> Markup:
     return element("ul", words, class_="legend")
 
 
-def token_view(tokens: Sequence[Token], row: Mapping[str, Any]) -> Markup:
+def token_view(tokens: Sequence[Token], row: Mapping[str, Any], limit: int = 600) -> Markup:
     """A response with its tokens coloured by `d`, and its strongest disagreements as a table.
 
     Pointing at a token shows its numbers; the table shows those that matter where there is nothing to point with.
+
+    Args:
+        tokens: of the response.
+        row: as stored.
+        limit: tokens that are shown; the table knows them all.
     """
     spans = []
-    for token in tokens[:_TOKENS]:
+    for token in tokens[:limit]:
         level = token.level
         names = [f"{'p' if level > 0 else 'n'}{abs(level)}"] if level else []
         names += [name for name, holds in (("off", token.masked), ("clash", token.clash)) if holds]
         spans.append(element("span", _visible(token.text), class_=" ".join(["t", *names]), title=token.words()))
-    more = f"… {len(tokens) - _TOKENS:,} more tokens" if len(tokens) > _TOKENS else None
+    more = f"… {len(tokens) - limit:,} more tokens" if len(tokens) > limit else None
     known = [(i, token) for i, token in enumerate(tokens) if token.d is not None and abs(token.d) >= 0.1]
     known.sort(key=lambda pair: -abs(pair[1].d))
     rows = [
@@ -163,15 +169,7 @@ def token_view(tokens: Sequence[Token], row: Mapping[str, Any]) -> Markup:
 def completion_head(row: Mapping[str, Any], tokens: Sequence[Token]) -> Markup:
     """What a row is, above its tokens."""
     verdict = element("span", "right", class_="good") if row["correct"] else element("span", "wrong", class_="bad")
-    masked = sum(token.masked is True for token in tokens)
-    asked = any(token.d is not None for token in tokens)
-    facts = [
-        f"reward {number(row['reward'])}",
-        f"advantage {row['advantage']:+.2f}" if row.get("advantage") is not None else "",
-        f"mean |d| {disagreement(tokens):.3f} nats" if asked else "the teacher was not asked",
-        f"{masked:,} of {len(tokens):,} tokens not distilled" if masked else "",
-    ]
-    return element("p", f"{row['uid']}: ", verdict, f", {', '.join(filter(None, facts))}", class_="note")
+    return element("p", f"{row['uid']}: ", verdict, f", {', '.join(facts(row, tokens))}", class_="note")
 
 
 def alarm_list(alarms: Sequence[Mapping[str, Any]], folder: Path, counter: str) -> list[Markup]:

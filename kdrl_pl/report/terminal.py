@@ -10,7 +10,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from kdrl_pl.report.completions import disagreement_of
 from kdrl_pl.report.run import Rows
-from kdrl_pl.report.tokens import LEVELS, Token, disagreement
+from kdrl_pl.report.tokens import LEVELS, Token, facts
 from kdrl_pl.text import printable
 
 if TYPE_CHECKING:
@@ -43,24 +43,19 @@ def show_row(row: dict[str, Any], number: int, tokens: Sequence[Token], out: Con
 
     colours = out.color_system is not None and not out.no_color
     verdict = "right" if row["correct"] else "wrong"
-    advantage = "" if row.get("advantage") is None else f", advantage {row['advantage']:+.2f}"
-    reward = "none" if row["reward"] is None else f"{row['reward']:.4g}"
-    out.print(
-        printable(
-            f"rollout {row['rollout'] + 1}, row {number}: {row['uid']}, {verdict}, reward {reward}{advantage}, "
-            f"mean |d| {disagreement(tokens):.3f} nats"
-        )
-    )
+    told = ", ".join([verdict, *facts(row, tokens)])
+    out.print(printable(f"rollout {row['rollout'] + 1}, row {number}: {row['uid']}, {told}"))
     out.print(_legend(colours))
     out.print()
     out.print(Text(printable(row["prompt"]), style="dim"))
     response = Text()
+    masked = bool(tokens) and all(token.masked for token in tokens)  # said already
     for token in tokens:
         text = printable(token.text) or "·"
         if colours:
             response.append(text, style=style_of(token))
         else:
-            response.append(text + signs(token))
+            response.append(text if masked else text + signs(token))
     out.print(response)
     out.print()
     strongest = sorted(

@@ -155,5 +155,20 @@ def disagreement(tokens: Sequence[Token]) -> float:
     return math.fsum(gaps) / len(gaps) if gaps else 0.0
 
 
+def facts(row: Mapping[str, Any], tokens: Sequence[Token]) -> list[str]:
+    """What there is to say of a row besides its verdict, each in a few words."""
+    masked = sum(token.masked is True for token in tokens)
+    said = ["no reward" if row["reward"] is None else f"reward {row['reward']:.4g}"]
+    if row.get("advantage") is not None:
+        said.append(f"advantage {row['advantage']:+.2f}")
+    if any(token.d is not None for token in tokens):
+        said.append(f"mean |d| {disagreement(tokens):.3f} nats")
+    elif not masked:
+        said.append("the teacher was not asked")
+    if masked:
+        said.append("not distilled" if masked == len(tokens) else f"{masked:,} of {len(tokens):,} tokens not distilled")
+    return said
+
+
 def _direction(pull: float) -> str:
     return f"{'up' if pull > 0 else 'down'} ({pull:+.2f})" if abs(pull) >= 0.005 else "none"

@@ -99,7 +99,7 @@ class InProcessEngine:
         dtype = None if self.dtype is None else getattr(torch, self.dtype)
         with (
             gathered_weights(student),
-            _evaluating(student),
+            evaluating(student),
             weights_in(student.model, dtype),
             cached_autocast(student.device.type),  # of the gathered weights: offloaded ones lie elsewhere
         ):
@@ -141,7 +141,7 @@ def _learned_positions(model: PreTrainedModel) -> int | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Dropout and the like off inside; afterwards every module is in the mode it was in."""
     training = [module for module in model.modules() if module.training]
     model.eval()

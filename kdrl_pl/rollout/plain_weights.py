@@ -4,7 +4,7 @@ The model may have more rows than the tokenizer has ids (padding). An engine tha
 them into the normaliser; given a model of V* rows, it has nothing to mask. And a head that is the embedding (tied)
 becomes a weight of its own: vLLM's CPU build keeps a packed copy of a tied head that new weights never reach.
 
-    python -m kdrl_pl.rollout.plain_weights STUDENT FOLDER      # writes such a folder, for a vLLM server
+    python -m kdrl_pl.rollout.plain_weights STUDENT FOLDER      # such a folder for a vLLM server to start on
 """
 
 from __future__ import annotations
@@ -21,14 +21,7 @@ from torch import Tensor, nn
 from kdrl_pl.rollout.weights import is_sharded
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from kdrl_pl.models.language_model import LanguageModel
-
-
-def model_rows(model: PreTrainedModel) -> int:
-    """Rows of the output head, padding included."""
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def write_config(student: LanguageModel, folder: Path, dtype: str) -> None:
@@ -107,7 +100,9 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def write_folder(student: LanguageModel, folder: Path, dtype: str) -> None:
-    """Write config and weights with V* rows and an untied head.
+    """Write what a vLLM server is started on: config with V* rows and an untied head, and weights of zeros.
+
+    The first rollout brings the student's; whatever it did not reach would then be found by `check_agreement`.
 
     Args:
         student: as it is.
@@ -116,7 +111,8 @@ def write_folder(student: LanguageModel, folder: Path, dtype: str) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(student, folder, dtype)
-    write_weights(plain_weights(student, student.vocab_size, getattr(torch, dtype)), folder)
+    weights = plain_weights(student, student.vocab_size, getattr(torch, dtype))
+    write_weights(((name, torch.zeros_like(tensor)) for name, tensor in weights), folder)
 
 
 def write_weights(weights: Iterator[tuple[str, Tensor]], folder: Path) -> None:

@@ -11,7 +11,6 @@ several filters on, vLLM applies min-p first.
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import random
@@ -26,6 +25,7 @@ import torch
 
 from kdrl_pl.models.loading import DTYPES
 from kdrl_pl.parallel import gathered_weights, rank, world_size
+from kdrl_pl.rollout.agreement import check_agreement
 from kdrl_pl.rollout.engine import Completions, RolloutInterrupted
 from kdrl_pl.rollout.plain_weights import plain_weights, write_config
 from kdrl_pl.rollout.requests import check_request
@@ -112,13 +112,14 @@ class VLLMEngine:
         Raises:
             ValueError: vLLM is not installed; the engine was built for another model; sleep without a GPU; see also
                 `plain_weights`.
+            RunError: vLLM does not compute the student, see `check_agreement`; looked at once.
         """
         self._device, self._vocab_size = student.device, student.vocab_size
         self._stop_token_ids = [token for token in stop_token_ids if token < student.vocab_size]
         if self.sleep and self._device.type != "cuda":
             raise ValueError("rollout.engine.sleep is on, and there is no GPU memory to give back; set it to false")
         with gathered_weights(student), _left_as_it_was(self._device):
-            self._build(student)
+            is_new = self._build(student)
             if not self._is_awake:
                 self._llm.wake_up(tags=["weights"])
             weights = plain_weights(student, student.vocab_size, getattr(torch, self.dtype))
@@ -129,6 +130,10 @@ class VLLMEngine:
             # Keys and values of prompts, which the old weights made.
             if not self._llm.reset_prefix_cache():
                 raise RuntimeError("vLLM did not forget its prefix cache: an earlier rollout still runs in it")
+            if is_new:
+                check_agreement(
+                    student, self.dtype, lambda ids, size: self._run([ids], 1, Sampling(max_tokens=size), [0], None)
+                )
 
     def generate(
         self,
@@ -201,7 +206,8 @@ class VLLMEngine:
         check_finite(done)
         return done
 
-    def _build(self, student: LanguageModel) -> None:
+    def _build(self, student: LanguageModel) -> bool:
+        """Make vLLM's model, with random weights, if there is none yet; whether it did."""
         config = student.model.config.to_json_string()
         if self._llm is not None:
             if config != self._built_for:
@@ -209,7 +215,7 @@ class VLLMEngine:
                     "the vLLM engine was built for another model, and it can hold only one; sample from the other one "
                     "in a run of its own, or with the in-process engine"
                 )
-            return
+            return False
         try:
             from vllm import LLM
         except ImportError as error:
@@ -240,10 +246,7 @@ class VLLMEngine:
                 **settings,
             )
         self._built_for = config
-        # Rotary tables are no weights, and vLLM says at each reload that they were not loaded.
-        logging.getLogger("vllm.model_executor.model_loader.reload.layerwise").addFilter(
-            lambda record: "RotaryEmbedding" not in record.getMessage()
-        )
+        return True
 
 
 def sampling_settings(sampling: Sampling, stop_token_ids: Iterable[int]) -> dict[str, Any]:
@@ -291,7 +294,7 @@ def _left_as_it_was(device: torch.device) -> Iterator[None]:
     environment, set_threads, threads = dict(os.environ), torch.set_num_threads, torch.get_num_threads()
     precision, python, numpy = torch.get_float32_matmul_precision(), random.getstate(), np.random.get_state()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, where the weights are
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # it warns of much that is as it should be here
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices=devices), torch.autocast(device.type, enabled=False):

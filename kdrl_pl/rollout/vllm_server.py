@@ -2,12 +2,11 @@
 
 The server runs on GPUs of its own (or shares a machine without one), with any parallelism vLLM has:
 
-    VLLM_SERVER_DEV_MODE=1 vllm serve STUDENT --tokens-only --logprobs-mode processed_logprobs --dtype bfloat16
+    python -m kdrl_pl.rollout.plain_weights STUDENT FOLDER
+    VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --tokens-only --logprobs-mode processed_logprobs --dtype bfloat16
 
 Before each rollout the student's weights are written as safetensors, the server is told to read them in place
 (`collective_rpc` of `reload_weights`), and to forget its prefix cache. Written against vLLM 0.32.
-
-The server's model keeps its padding rows: their ids get a bias that leaves them no probability.
 """
 
 from __future__ import annotations
@@ -24,11 +23,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import torch
+
 from kdrl_pl.errors import RunError
 from kdrl_pl.models.loading import DTYPES
 from kdrl_pl.parallel import all_reduce_max, gathered_weights, rank
+from kdrl_pl.rollout.agreement import check_agreement
 from kdrl_pl.rollout.engine import Completions, RolloutInterrupted
-from kdrl_pl.rollout.plain_weights import model_rows, plain_weights
+from kdrl_pl.rollout.plain_weights import plain_weights, write_weights
 from kdrl_pl.rollout.requests import check_request
 from kdrl_pl.rollout.sampling import Sampling
 from kdrl_pl.rollout.vllm_engine import sampling_settings, seed_of
@@ -36,7 +38,6 @@ from kdrl_pl.rollout.vllm_engine import sampling_settings, seed_of
 if TYPE_CHECKING:
     from kdrl_pl.models.language_model import LanguageModel
 
-_NEVER = -1e4  # added to the logits of padding rows
 _NOT_A_NUMBER = -9999.0  # what the server makes of a log-prob that is NaN
 _PREFIX = "generate-tokens-"  # what the server puts before the name of a request
 _POLL = 0.1  # seconds between two looks at should_stop
@@ -79,27 +80,33 @@ class VLLMServerEngine:
             raise ValueError(f"timeout is {timeout}; expected seconds above 0")
         self.url, self.weights_folder, self.dtype = url.rstrip("/"), weights_folder, dtype
         self.max_requests, self.timeout = max_requests, timeout
-        self._vocab_size = self._rows = self._limit = 0
+        self._vocab_size = self._limit = 0
         self._stop_token_ids: list[int] = []
 
     def sync(self, student: LanguageModel, stop_token_ids: Iterable[int]) -> None:
         """Bring the server the student's weights; every rank calls it, rank 0 does it.
 
         Raises:
-            RunError: the server does not answer, has other settings or another model, or cannot read the weights; every
-                rank raises it.
+            RunError: the server does not answer, has other settings or another model, computes the student otherwise, or
+                cannot read the weights; every rank raises it.
             ValueError: see `plain_weights`.
         """
-        self._vocab_size, self._rows = student.vocab_size, model_rows(student.model)
+        self._vocab_size, is_first = student.vocab_size, not self._limit
         self._stop_token_ids = [token for token in stop_token_ids if token < student.vocab_size]
         error: RunError | None = None
         with gathered_weights(student):
-            if not self._limit:
+            if is_first:
                 error = self._try(self._check_settings)
             if error is None and rank() == 0:
                 error = self._try(lambda: self._send_weights(student))
+            if error is None and rank() == 0 and is_first:
+                error = self._try(lambda: check_agreement(student, self.dtype, self._sample_one))
         if all_reduce_max(int(error is not None), student.device):
+            self._limit = 0
             raise error or RunError("the vLLM server did not take the weights; another rank says why")
+
+    def _sample_one(self, prompt: list[int], tokens: int) -> Completions:
+        return self.generate([prompt], 1, Sampling(max_tokens=tokens), [0])
 
     def _try(self, work: Callable[[], None]) -> RunError | None:
         try:
@@ -121,14 +128,9 @@ class VLLMServerEngine:
         self._limit = int(config["max_model_len"])
 
     def _send_weights(self, student: LanguageModel) -> None:
-        import torch
-        from safetensors.torch import save_file
-
         folder = Path(tempfile.mkdtemp(prefix="kdrl-weights-", dir=self.weights_folder))
         try:
-            told = plain_weights(student, self._rows, getattr(torch, self.dtype))
-            weights = {name: tensor.cpu().contiguous() for name, tensor in told}
-            save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+            write_weights(plain_weights(student, student.vocab_size, getattr(torch, self.dtype)), folder)
             folder.chmod(0o755)  # the server may run as somebody else
             self._ask("POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
         finally:
@@ -158,7 +160,7 @@ class VLLMServerEngine:
         """
         if not self._limit:
             raise ValueError("the engine has no weights; call sync(student, stop_token_ids) before generate")
-        check_request(prompts, group_size, sampling, keys, known_ids=self._rows, vocab_size=self._vocab_size)
+        check_request(prompts, group_size, sampling, keys, known_ids=self._vocab_size, vocab_size=self._vocab_size)
         needed = max(map(len, prompts), default=0) + sampling.max_tokens
         if needed > self._limit:
             raise ValueError(
@@ -167,8 +169,6 @@ class VLLMServerEngine:
                 "sampling.max_tokens"
             )
         settings: dict[str, Any] = sampling_settings(sampling, self._stop_token_ids)
-        if self._rows > self._vocab_size:
-            settings["logit_bias"] = {str(token): _NEVER for token in range(self._vocab_size, self._rows)}
         done = Completions([[]] * len(keys), [[]] * len(keys), [False] * len(keys))
         bodies: list[dict[str, Any]] = [
             {"token_ids": list(prompts[row // group_size]), "sampling_params": {**settings, "seed": seed_of(key)}}
@@ -242,5 +242,9 @@ class VLLMServerEngine:
                 "and --tokens-only, as docs/vllm.md says"
             )
         if answer.status != 200:
-            raise RunError(f"the vLLM server at {self.url} refused {path}: {answer.status} {text[:500]}")
+            cure = "; is it started on the folder that python -m kdrl_pl.rollout.plain_weights writes?"
+            raise RunError(
+                f"the vLLM server at {self.url} refused {path}: {answer.status} {text[:500]}"
+                + (cure if "rpc" in path else "")
+            )
         return json.loads(text) if text else {}

@@ -60,7 +60,7 @@ def read_token(file: str | Path | None) -> str | None:
     return token
 
 
-class _Away(Exception):
+class _Away(Refused):
     """The server answered that it cannot answer now."""
 
 
@@ -113,6 +113,15 @@ class Server:
     def post(self, path: str, body: bytes) -> bytes:
         """The body of the answer; see `call`."""
         return self.call("POST", path, body)
+
+    def post_once(self, path: str, body: bytes) -> bytes:
+        """The same without patience, for what a healthy server may answer with an error.
+
+        Raises:
+            Refused: any answer but a good one.
+            OSError, HTTPException: no answer.
+        """
+        return self._once("POST", path, body)
 
     def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         """The body of a good answer, however long it takes.
@@ -186,7 +195,7 @@ class Server:
             return content
         said = _said(content)
         if response.status in _AWAY:
-            raise _Away(f"status {response.status}: {said}")
+            raise _Away(response.status, f"status {response.status}: {said}")
         raise Refused(response.status, f"{self.url} refuses the request with status {response.status}: {said}")
 
     def _note_absence(self, reason: str, began: float) -> None:

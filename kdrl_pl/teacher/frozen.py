@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -137,9 +137,10 @@ class FrozenTeacher:
         if self.cuts:
             from torch.distributed.device_mesh import init_device_mesh
 
-            self.model = self._load_model(self.dtype, None, "cpu")
-            shard(self.model, init_device_mesh(self.device.type, (world_size(),)))
-            self.model.set_reshard_after_forward(True, recurse=False)  # the root too: no backward pass follows
+            root: Any = self._load_model(self.dtype, None, "cpu")
+            shard(root, init_device_mesh(self.device.type, (world_size(),)))
+            root.set_reshard_after_forward(True, recurse=False)  # the root too: no backward pass follows
+            self.model = root
             return
         by_way_of = "cpu" if self.offload and self.quantization is None else self.device
         self.model = self._load_model(self.dtype, self.quantization, by_way_of)
@@ -321,7 +322,7 @@ def head_parameters(model: LanguageModel) -> list[Parameter]:
 
 def whole_head(model: LanguageModel) -> Head:
     """A copy of the head of a model that is cut over processes; every process calls it."""
-    head = model.head()
+    head: Any = model.head()
     bias = None if head.bias is None else head.bias.full_tensor()
     return replace(head, weight=head.weight.full_tensor(), bias=bias)
 

@@ -33,22 +33,25 @@ class WaitingWeights:
                 module._buffers[name] = None if buffer is None else buffer.to(self.device)
         tensors = [parameter.data for parameter in self._parameters]
         self._home = pinned(tensors) if self.device.type == "cuda" else tensors
+        self._here: set[int] = set(map(id, self._parameters))  # parameters that may stand on the device
         self.send_away()
 
     def bring(self, parameters: Iterable[nn.Parameter] | None = None) -> None:
         """Copy the named parameters to the device (all by default), if they are not there."""
         wanted = None if parameters is None else {id(parameter) for parameter in parameters}
         for parameter, home in zip(self._parameters, self._home, strict=True):
-            if (wanted is None or id(parameter) in wanted) and parameter.device != self.device:
+            if id(parameter) not in self._here and (wanted is None or id(parameter) in wanted):
                 parameter.data = home.to(self.device, non_blocking=True)
+                self._here.add(id(parameter))
         self._follow()
 
     def send_away(self, keep: Iterable[nn.Parameter] = ()) -> None:
         """Let go of what stands on the device, but for `keep`."""
         kept = {id(parameter) for parameter in keep}
         for parameter, home in zip(self._parameters, self._home, strict=True):
-            if id(parameter) not in kept:
+            if id(parameter) in self._here - kept:
                 parameter.data = home
+        self._here &= kept
         self._follow()
 
     def _follow(self) -> None:
@@ -57,13 +60,13 @@ class WaitingWeights:
 
 
 def pinned(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Copies in pinned memory, from which a GPU reads at full speed."""
+    """Copies in pinned memory, from which a GPU reads at full speed (in plain memory where there is none)."""
     copies: list[Tensor] = []
     waiting: list[Tensor] = []
 
     def lay_down() -> None:
         sizes = [-(-_bytes(tensor) // ALIGNMENT) * ALIGNMENT for tensor in waiting]
-        block, start = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True), 0
+        block, start = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=torch.cuda.is_available()), 0
         for tensor, size in zip(waiting, sizes, strict=True):
             place = block[start : start + _bytes(tensor)].view(tensor.dtype).view(tensor.shape)
             copies.append(place.copy_(tensor))

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from kdrl_pl.logprobs import Head
+    from kdrl_pl.models.language_model import LanguageModel
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ class RemoteTeacher(FrozenTeacher):
         ):
             if not value >= least:
                 raise ValueError(f"teacher.{name} is {value}; expected at least {least}")
-        self.token_file, self.requests_in_flight = token_file, requests_in_flight
+        self.url, self.token_file, self.requests_in_flight = url, token_file, requests_in_flight
         self.max_tokens_per_request, self.max_rows = max_tokens_per_request, 4096
         self.server = Server(url, None, timeout, patience, lambda: self._is_over or signals.should_stop())
         self.model, self.score_metrics = None, {}
@@ -218,9 +219,24 @@ class RemoteTeacher(FrozenTeacher):
         """
         raise ValueError(self.whole_vocabulary)
 
+    def sampler(self) -> LanguageModel:
+        """Refused: it answers no prompts.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"rollout.policy is teacher, but a {type(self).__name__} only scores; take the teacher into this process "
+            "(model.teacher.class_path: kdrl_pl.teacher.FrozenTeacher)"
+        )
+
     def stop_ids(self) -> list[int]:
-        """Ids that end a response of the teacher."""
-        return list(self.told["stop_ids"])
+        """Ids that end a response of the teacher; before `load` the server is asked for them alone."""
+        told = self.told
+        if told is None:
+            self.server.token = read_token(self.token_file)
+            told = _identity(self.server)
+        return list(told["stop_ids"])
 
     def fingerprint(self) -> str:
         """That of the same model in this process: a run may be resumed with either."""

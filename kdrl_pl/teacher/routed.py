@@ -39,7 +39,7 @@ class RoutedTeacher(FrozenTeacher):
             raise ValueError("teacher.teachers is empty; expected name: {path: ...} for each teacher")
         if default is not None and default not in self.teachers:
             raise ValueError(f"teacher.default is {default!r}; expected one of {', '.join(self.teachers)}, or null")
-        self.default = default
+        self.default, self.score_metrics = default, {}
         self._head: Head | None = None
 
     @property
@@ -51,16 +51,6 @@ class RoutedTeacher(FrozenTeacher):
         """Why forms that read the teacher's whole vocabulary cannot have it, with the cure; None where they can."""
         reasons = (teacher.whole_vocabulary for teacher in self.teachers.values())
         return next((reason for reason in reasons if reason is not None), None)
-
-    @property
-    def score_metrics(self) -> dict[str, tuple[float, float]]:
-        """Of the last `score`, all teachers together: name -> (sum, count)."""
-        total: dict[str, tuple[float, float]] = {}
-        for teacher in self.teachers.values():
-            for name, (value, count) in teacher.score_metrics.items():
-                old = total.get(name, (0.0, 0.0))
-                total[name] = (old[0] + value, old[1] + count)
-        return total
 
     def check_names(self, named: Iterable[tuple[str, str | None]]) -> None:
         """Refuse a prompt whose teacher is none of ours.
@@ -118,18 +108,21 @@ class RoutedTeacher(FrozenTeacher):
         """
         chosen = [self._teacher_of(*pair) for pair in zip(experience.uids, experience.teachers, strict=True)]
         experience.teacher_logprobs = torch.zeros(asked.shape, dtype=torch.float32, device=experience.device)
-        if hidden:
-            weight = self.head().weight
+        weight = self.head().weight if hidden else None
+        if weight is not None and bool(asked.any()):
             shape = (*asked.shape, weight.shape[1])
             experience.teacher_hidden = torch.zeros(shape, dtype=weight.dtype, device=experience.device)
-        start = 0
+        start, self.score_metrics = 0, {}
         for name, teacher in self.teachers.items():  # on every rank in the same order, rows or not
             rows = torch.tensor([i for i, mine in enumerate(chosen) if mine == name], dtype=torch.int64)
             part = experience[rows]
             width, rows = part.input_ids.shape[1], rows.to(experience.device)
             teacher.score(part, asked[rows, :width], hidden=hidden)
             experience.teacher_logprobs[rows, :width] = part.teacher_logprobs
-            if hidden:
+            for metric, (value, count) in teacher.score_metrics.items():
+                before = self.score_metrics.get(metric, (0.0, 0.0))
+                self.score_metrics[metric] = before[0] + value, before[1] + count
+            if weight is not None:
                 states, size = part.teacher_hidden, teacher.head().weight.shape[1]
                 if states is not None:
                     experience.teacher_hidden[rows, :width, start : start + size] = states.to(weight.dtype)

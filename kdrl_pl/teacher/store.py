@@ -106,8 +106,12 @@ class Store:
                 self._complain(error)
                 return otherwise
             except sqlite3.DatabaseError as error:
-                self.close()
-                self._set_aside(error)
+                try:
+                    self.close()
+                    self._set_aside(error)
+                except (sqlite3.Error, OSError) as trouble:
+                    self._complain(trouble)
+                    return otherwise
         return otherwise
 
     def _connect(self) -> sqlite3.Connection:

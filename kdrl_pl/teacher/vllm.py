@@ -90,9 +90,13 @@ class VLLMTeacher(RemoteTeacher):
         """A text made of many of the student's tokens must become the same ids on both sides."""
         size, special = vocabulary_size(tokenizer), set(tokenizer.all_special_ids)
         probed = [token for token in range(0, size, max(size // PROBED_TOKENS, 1)) if token not in special]
-        text = " ".join(tokenizer.batch_decode([[token] for token in probed]))
+        words = tokenizer.batch_decode([[token] for token in probed])
+        text = "".join(word for word in words if "\ufffd" not in word)  # half a character is no text
         body = json.dumps({"model": name, "prompt": text, "add_special_tokens": False}).encode()
-        theirs = json.loads(self.server.post(TOKENIZE, body))["tokens"]
+        try:
+            theirs = json.loads(self.server.post_once(TOKENIZE, body))["tokens"]
+        except Refused:  # a text that it cannot read at all
+            theirs = []
         ours = tokenizer(text, add_special_tokens=False)["input_ids"]
         if ours != theirs:
             raise ValueError(
@@ -113,6 +117,20 @@ class VLLMTeacher(RemoteTeacher):
             self.server.url,
             size,
         )
+
+    def stop_ids(self) -> list[int]:
+        """Ids that end a response of the teacher.
+
+        Raises:
+            RuntimeError: `load` was not called, and `stop_token_ids` are not given.
+        """
+        if self.stop_token_ids is not None:
+            return sorted(self.stop_token_ids)
+        if self.told is None:
+            raise RuntimeError(
+                "the teacher is not loaded; call teacher.load(device, tokenizer) first, or give stop_token_ids"
+            )
+        return super().stop_ids()
 
     @torch.no_grad()
     def score(self, experience: Experience, asked: Tensor, *, hidden: bool = False) -> None:

@@ -51,11 +51,16 @@ def learned(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[
             if value is None or (metric == "truncated" and not value and not old):
                 continue
             was = "" if old is None else f"{form.format(old)} → "
-            more = "" if old is None else f"  ({change.format(scale * (value - old)).replace('-0 ', '+0 ')})"
+            more = "" if old is None else f"  ({_signed(change.format(scale * (value - old)))})"
             rows.append((name, word, f"{was}{form.format(value)}{more}"))
             name = ""
     widths = [max((len(row[i]) for row in rows), default=0) for i in (0, 1)]
     return [f"{name:<{widths[0]}}  {word:<{widths[1]}}  {text}".rstrip() for name, word, text in rows]
+
+
+def _signed(text: str) -> str:
+    """A difference whose digits are all zeros is not below zero."""
+    return text if any(digit in text for digit in "123456789") else text.replace("-", "+")
 
 
 def _alarms(file: Path) -> str:

@@ -171,6 +171,15 @@ CASES = {
     "validate resumes": (["validate", *DEBUG, "--resume", "auto"], ["--resume is for kdrl fit", "--ckpt_path"]),
     # the Trainer's own settings
     "bf16-true": (["--trainer.precision", "bf16-true"], ["trainer.precision", "bf16-mixed"]),
+    "FSDP1": (["--trainer.strategy", "fsdp"], ["trainer.strategy is fsdp: FSDP1", "configs/trainer/fsdp2.yaml"]),
+    "tensor parallelism": (
+        ["--trainer.strategy", "ModelParallelStrategy", "--trainer.strategy.tensor_parallel_size", "2"],
+        ["trainer.strategy is ModelParallelStrategy", "tensor parallelism has not been tried", "fsdp2"],
+    ),
+    "sharded without FSDP2": (
+        ["--checkpoint.sharded", "true"],
+        ["checkpoint.sharded is true, but under SingleDeviceStrategy", "configs/trainer/fsdp2.yaml"],
+    ),
     "precision": (["--trainer.precision", "8"], ["trainer.precision: is '8'", "32-true or bf16-mixed"]),
     "inference mode": (["--trainer.inference_mode", "true"], ["trainer.inference_mode"]),
     "trainer's clip": (["--trainer.gradient_clip_val", "1.0"], ["use model.gradient_clip"]),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from run_folders import config, write_run
 
@@ -28,8 +30,21 @@ def test_the_table_in_the_terminal(runs):
     ]
     rows = [line.split() for line in settings.splitlines()]
     assert rows[0] == ["setting", "kdrl", "grpo"]
-    assert ["model.normaliser", "token", "group"] in rows and ["model.distillation.coef", "0.5", "null"] in rows
+    assert ["model.normaliser", "token", "group"] in rows
+    assert ["model.distillation", "kdrl_pl.Distillation", "null"] in rows
+    assert not any(row[0].startswith("model.distillation.") for row in rows if row)
     assert not any("trainer" in row[0] for row in rows if row)
+
+
+def test_settings_of_an_object_that_some_runs_lack(tmp_path):
+    settings = [config(), config(), config()]
+    settings[1]["model"]["distillation"]["init_args"]["coef"] = 0.25
+    del settings[2]["model"]["distillation"]
+    runs = [read_run(write_run(tmp_path / str(i), settings=s)) for i, s in enumerate(settings)]
+    assert differences(runs) == [
+        ("model.distillation", ["kdrl_pl.Distillation", "kdrl_pl.Distillation", None]),
+        ("model.distillation.coef", [0.5, 0.25, None]),
+    ]
 
 
 def test_the_page(runs):
@@ -38,6 +53,14 @@ def test_the_page(runs):
     assert '<th scope="row">model.normaliser</th><td>token</td><td>group</td>' in page
     assert '<th scope="row">kdrl</th><td>25.0%</td><td>50.0%</td>' in page
     assert 'class="line s1"' in page and "Coefficient of kd" in page
+
+
+def test_a_run_has_one_colour_also_where_another_lacks_the_metric(runs):
+    rows = [{k: v for k, v in row.items() if k != "teacher/reverse_kl"} for row in runs[0].training]
+    page = compare_page([dataclasses.replace(runs[0], training=rows), runs[1]])
+    chart = page.partition("KL to the teacher: KL(student ‖ teacher)")[2].partition("</figure>")[0]
+    assert 'class="line s1"' in chart and 'class="key b1"' in chart
+    assert "s0" not in chart and "b0" not in chart and "kdrl" not in chart
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path):

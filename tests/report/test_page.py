@@ -193,8 +193,8 @@ def test_any_other_file_may_be_missing(tmp_path, name):
 
 def test_a_long_run_makes_a_small_page(tmp_path):
     page = page_of(write_long_run(tmp_path / "run"))
-    assert 1e6 < len(page.encode()) < 3e6
-    assert "rollouts 995 to 1000" in page and "800 more tokens" in page
+    assert 0.5e6 < len(page.encode()) < 3e6
+    assert "rollouts 995 to 1000" in page and "1,400 more tokens" in page
 
 
 def test_best_and_worst():

@@ -39,6 +39,11 @@ def test_signs_without_colours(digits, monkeypatch):
     assert "~ not distilled" in text
 
 
+def test_a_row_that_is_not_distilled_says_so_once(digits):
+    text = shown(stored_row(7, kd_weights=[0.0] * 3), digits, color_system=None, force_terminal=False)
+    assert "right, reward 1, advantage +0.75, not distilled\n" in text and "\n567\n" in text
+
+
 def test_signs():
     assert signs(Token("a", None, None, True, 1.0, None)) == "[~]"
     assert signs(Token("a", 0.0, 0.05, False, 1.0, 0.0)) == ""

@@ -9,6 +9,7 @@ import torch
 from engine_contract import LONG, STOP, TWO_RANKS, EngineContract, contract_student, run_two_ranks
 
 from kdrl_pl.__main__ import main
+from kdrl_pl.errors import RunError
 from kdrl_pl.rollout.engine import RolloutEngine
 from kdrl_pl.rollout.sampling import Sampling
 from kdrl_pl.rollout.vllm_engine import VLLMEngine
@@ -74,8 +75,25 @@ class TestFloat32(Contract):
 
 @pytest.mark.vllm
 class TestBfloat16(Contract):
+    """With a tied head, whose copy in vLLM's CPU build must not stay as it was."""
+
     mean, largest = 0.02, 0.3
     dtype = "bfloat16"
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def student(cls):
+        return contract_student(tied=True)
+
+
+@pytest.mark.vllm
+def test_a_model_that_vllm_computes_otherwise_is_refused():
+    """Here: a head that is scaled in a way of which its config knows nothing."""
+    pytest.importorskip("vllm")
+    student = contract_student()
+    student.model.lm_head.register_forward_hook(lambda module, inputs, output: 3 * output)
+    with pytest.raises(RunError, match=r"lie .* nats from those of Qwen2ForCausalLM \(limit for float32: 0\.01\)"):
+        VLLMEngine("float32", engine_args=SMALL).sync(student, [STOP])
 
 
 @pytest.mark.gpu

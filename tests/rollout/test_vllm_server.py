@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
@@ -16,13 +17,15 @@ from engine_contract import LONG, PROMPTS, STOP, TWO_RANKS, EngineContract, cont
 
 from kdrl_pl.__main__ import main
 from kdrl_pl.errors import RunError
+from kdrl_pl.rollout import plain_weights
 from kdrl_pl.rollout.engine import RolloutEngine, RolloutInterrupted
+from kdrl_pl.rollout.plain_weights import write_folder
 from kdrl_pl.rollout.sampling import Sampling
 from kdrl_pl.rollout.vllm_server import VLLMServerEngine
 
 ROOT = Path(__file__).parents[2]
 VLLM = os.environ.get("KDRL_VLLM_PYTHON", "")
-START = 180  # seconds
+START = 600  # seconds; a loaded machine takes minutes
 
 
 def free_port():
@@ -63,12 +66,9 @@ def serving(model, log):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """A server with *other* weights than the contract's student has: only sync brings those."""
+    """A server whose weights are zeros: only sync brings the student's."""
     folder = tmp_path_factory.mktemp("server")
-    student = contract_student()
-    for parameter in student.parameters():
-        parameter.data.mul_(0.5)
-    student.model.save_pretrained(folder / "model")
+    write_folder(contract_student(), folder / "model", "float32")
     with serving(folder / "model", folder / "log.txt") as url:
         yield url
 
@@ -110,9 +110,14 @@ class TestServer(EngineContract):
         with pytest.raises(RunError, match="runs with --dtype float32; start it with bfloat16"):
             VLLMServerEngine(server, dtype="bfloat16").sync(student, [STOP])
 
+    def test_a_student_that_it_computes_otherwise_is_refused(self, server):
+        other = contract_student()
+        other.model.lm_head.register_forward_hook(lambda module, inputs, output: 3 * output)
+        with pytest.raises(RunError, match=r"lie .* nats from those of Qwen2ForCausalLM"):
+            VLLMServerEngine(server, dtype="float32").sync(other, [STOP])
+
     def test_weights_of_another_model_are_refused(self, engine, student, server):
         other = contract_student()
-        other.model.config.num_hidden_layers = 2
         other.model.lm_head = type(other.model.lm_head)(32, 80)
         with pytest.raises(RunError, match="refused /collective_rpc"):
             engine.sync(other, [STOP])
@@ -133,7 +138,10 @@ def test_the_overlay_trains_on_the_quick_start(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     files = ["--config", "configs/quickstart.yaml", "--config", "configs/rollout/vllm_server.yaml"]
     options = ["--run.max_rollouts=3", "--data.val.addition.size=16", "--trainer.logger=false"]
-    with serving(ROOT / "checkpoints/testbeds/arithmetic/student", tmp_path / "log.txt") as url:
+    command = ["checkpoints/testbeds/arithmetic/student", str(tmp_path / "model"), "--dtype", "float32"]
+    monkeypatch.setattr(sys, "argv", ["plain_weights", *command])
+    plain_weights.main()
+    with serving(tmp_path / "model", tmp_path / "log.txt") as url:
         where = [f"--rollout.engine.init_args.url={url}", "--rollout.engine.init_args.dtype=float32"]
         assert main(["fit", *files, *options, *where, f"--run.root={tmp_path}"]) == 0
     rows = [json.loads(line) for line in next(tmp_path.glob("*/*/metrics.jsonl")).read_text().splitlines()]

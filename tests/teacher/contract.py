@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kdrl_pl.experience import Experience
-from kdrl_pl.teacher import FrozenTeacher, RemoteTeacher
+from kdrl_pl.teacher import FrozenTeacher, RemoteTeacher, RoutedTeacher, TeacherCache
 
 ROOT = Path(__file__).parents[2]
 TOKEN = "a-token-of-tests"
@@ -137,5 +137,13 @@ PRECISIONS: dict[str, dict] = {"fp32": {}, "8bit": {"quantization": "8bit"}, "4b
 # name -> (makes the teacher, precision of the model in this process that it is compared with)
 FACTORIES: dict[str, tuple[Factory, str]] = {
     **{name: (lambda path, _, s=settings: FrozenTeacher(path, **s), name) for name, settings in PRECISIONS.items()},
+    "offloaded": (lambda path, _: FrozenTeacher(path, offload=True), "fp32"),
+    "sharded": (lambda path, _: FrozenTeacher(path, sharded=True), "fp32"),
+    "cached": (lambda path, _: FrozenTeacher(path, cache=TeacherCache(f"{path}-cache")), "fp32"),
+    "cached 8bit": (
+        lambda path, _: FrozenTeacher(path, quantization="8bit", cache=TeacherCache(f"{path}-cache")),
+        "8bit",
+    ),
+    "routed": (lambda path, _: RoutedTeacher({"one": FrozenTeacher(path)}, "one"), "fp32"),
     "remote": (lambda path, servers: servers.teacher(path), "fp32"),
 }

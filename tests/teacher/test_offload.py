@@ -67,7 +67,7 @@ def places(model):
 
 
 @pytest.mark.gpu
-def test_parameters_come_and_go_and_the_named_ones_stay():
+def test_on_a_gpu_parameters_come_and_go():
     model, x = Two(), torch.randn(6, 3)
     expected = model.head(model.first(x)).detach()
     waiting = WaitingWeights(model, "cuda")
@@ -86,14 +86,13 @@ def test_parameters_come_and_go_and_the_named_ones_stay():
     assert places(model) == {"first.weight": "cpu", "first.bias": "cpu", "head.weight": "cuda", "head.bias": "cuda"}
 
 
-@pytest.mark.gpu
 def test_pinned_copies_share_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK", 4096)
     tensors = [torch.randn(n, dtype=dtype) for n in (5, 700, 3000, 1) for dtype in (torch.float32, torch.bfloat16)]
     tensors.append(torch.arange(200, dtype=torch.uint8).view(10, 20))
     copies = pinned(tensors)
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(tensors, copies, strict=True))
-    assert all(copy.is_pinned() for copy in copies)
+    assert all(copy.is_pinned() == torch.cuda.is_available() for copy in copies)
     assert len({copy.untyped_storage().data_ptr() for copy in copies}) < len(copies)
 
 
@@ -109,6 +108,7 @@ def test_on_a_gpu_the_weights_leave_the_device_between_uses(precision, big):
 
     assert on_device() == set()
     assert all(parameter.is_pinned() for parameter in waits.model.parameters())
+    scored(stays), scored(waits)  # the first products take memory of cuBLAS's own
     for _ in range(2):
         before = torch.cuda.memory_allocated()
         one, other = scored(stays), scored(waits)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from contract import TOKEN, ServedTeacher, rows
-from tiny_run import fit, make_data, make_module, make_rollouts, metrics_rows
+from tiny_run import fit, make_data, make_module, make_rollouts, make_trainer, metrics_rows
 
 from kdrl_pl import signals
 from kdrl_pl.checkpoint import find_checkpoint
@@ -367,3 +367,31 @@ def test_a_run_lives_through_the_death_of_its_server(tmp_path):
     assert ends[0]["state_dict"].keys() == ends[1]["state_dict"].keys()
     assert all(torch.equal(value, ends[1]["state_dict"][name]) for name, value in ends[0]["state_dict"].items())
     assert ends[0]["kdrl"] == ends[1]["kdrl"]
+
+
+@pytest.mark.faults
+@pytest.mark.distributed
+def test_one_rank_without_a_teacher_stops_both_in_good_order(tmp_path):
+    """Each rank asks once in the validation before training and once per rollout; the eighth request finds nobody."""
+    path = str(ROOT / "checkpoints/testbeds/arithmetic/teacher")
+    with Host(path, lambda number: 503 if number == 7 else "ok", token=TOKEN) as host:
+        two = ("--trainer.strategy=ddp", "--trainer.devices=2", "--model.teacher.patience=0")
+        process = start(tmp_path / "run", "configs/teacher/remote.yaml", f"--model.teacher.url={host.url}", *two)
+        status = process.wait(timeout=240)
+    output = (tmp_path / "run/output").read_text()
+    assert status == 1, output
+    checkpoint = find_checkpoint(next((tmp_path / "run").glob("*/*/")))
+    assert checkpoint.name == "last-000002.ckpt"
+    assert f"stopped: saved {checkpoint}" in output
+    assert "has not answered for 0 s (status 503" in output
+    assert "Traceback" not in output
+
+
+def test_a_served_teacher_does_not_answer_prompts(tiny_models, tmp_path):
+    student, path = tiny_models
+    with Host(path) as host:
+        module = make_module(student, "replaced")
+        module.teacher = RemoteTeacher(host.url)
+        trainer = make_trainer(tmp_path, rollouts=make_rollouts(policy="teacher"))
+        with pytest.raises(ValueError, match=r"rollout\.policy is teacher, but a RemoteTeacher only scores"):
+            trainer.validate(module, datamodule=make_data())

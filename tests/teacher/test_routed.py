@@ -99,8 +99,8 @@ def test_the_full_vocabulary_has_each_rows_own_teacher(kind, teachers, other, ti
     routed = RoutedTeacher(teachers, default="big")
     together = gradient(routed, [0, 1, 2, 3, 4, 5])
     parts = [gradient(teachers["big"], [0, 1, 4, 5]), gradient(teachers["small"], [2, 3])]
-    tolerance = 2e-3 if kind == "bfloat16" else 1e-6  # beside a float32 head a bfloat16 one is computed in float32
-    assert torch.allclose(together, sum(parts), atol=tolerance)
+    tolerance = 1e-2 if kind == "bfloat16" else 1e-6  # beside a float32 head a bfloat16 one is computed in float32
+    assert (together - sum(parts)).norm() < tolerance * together.norm()
     assert all(part.norm() > 0.05 for part in parts)
 
 

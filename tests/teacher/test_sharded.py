@@ -4,6 +4,7 @@ Run as a script, this file is one process of the test.
 """
 
 import faulthandler
+import json
 import os
 import subprocess
 import sys
@@ -53,6 +54,35 @@ def test_two_processes_agree_with_one(tiny_models, tmp_path):
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_ddp_run_under_a_sharded_teacher_is_that_under_a_whole_one(tmp_path):
+    small = """
+data:
+  prompts_per_rollout: 4
+  val_batch_size: 16
+  train: {addition: {size: 64}}
+  val: {addition: {size: 16}}
+rollout: {group_size: 4, validation_samples: 1}
+trainer: {logger: false, val_check_interval: 2}
+run: {max_rollouts: 2}
+"""
+    (tmp_path / "small.yaml").write_text(small)
+    rows = []
+    for overlay in ("trainer/ddp", "teacher/sharded"):
+        files = ["quickstart", *dict.fromkeys(("trainer/ddp", overlay))]
+        command = [sys.executable, "-m", "kdrl_pl", "fit", *(f"--config=configs/{name}.yaml" for name in files)]
+        command += [f"--config={tmp_path}/small.yaml", f"--run.root={tmp_path}/{overlay}"]
+        root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
+        ran = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0, ran.stderr
+        (file,) = (tmp_path / overlay).rglob("metrics.jsonl")
+        rows.append([json.loads(line) for line in file.read_text().splitlines()])
+    for whole, sharded in zip(*rows, strict=True):
+        names = [name for name in whole if not name.startswith(("time/", "perf/"))]
+        assert {name: sharded[name] for name in names} == pytest.approx({name: whole[name] for name in names}, rel=1e-4)
 
 
 def rows(groups=4, share=True):

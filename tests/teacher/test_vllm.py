@@ -83,9 +83,9 @@ def served(model, tmp_path_factory):
         server.stop()
 
 
-def loaded(server, model, **settings):
+def loaded(server, path, **settings):
     teacher = VLLMTeacher(server.url, **settings)
-    teacher.load("cpu", load_tokenizer(model))
+    teacher.load("cpu", load_tokenizer(path))
     return teacher
 
 

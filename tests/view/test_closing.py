@@ -38,3 +38,11 @@ def test_without_a_validation_before(tmp_path) -> None:
         "   cut off   10.0%",
     ]
     assert learned(None, {}) == []
+
+
+def test_a_difference_that_rounds_to_nothing_has_no_minus() -> None:
+    before, after = {"a": {"kl_teacher": 0.5004, "length": 24.2}}, {"a": {"kl_teacher": 0.5001, "length": 24.0}}
+    assert learned(before, after) == [
+        "a  length         24 → 24  (+0 tokens)",
+        "   KL to teacher  0.500 → 0.500  (+0.000 nats)",
+    ]

@@ -47,9 +47,9 @@ svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 table { border-collapse: collapse; font-size: .9rem; }
 caption { text-align: left; padding: 4px 0; }
 th, td { padding: 4px 10px 4px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; min-width: 5ch; }
+td, tbody th { overflow-wrap: anywhere; min-width: 9ch; } .numbers td { min-width: 0; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 500; }
+tbody th { font-weight: 500; } .numbers tbody th { min-width: 7ch; }
 .numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, pre, .tokens { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .875rem; }
 pre, .tokens { margin: 6px 0; padding: 8px 10px; background: var(--back); border: 1px solid var(--rule); border-radius:

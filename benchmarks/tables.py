@@ -1,6 +1,6 @@
-"""Writes the tables of docs/performance.md from `benchmarks/results/`, so that no figure is copied by hand.
+"""Writes the tables of the pages from `benchmarks/results/`, so that no figure is copied by hand.
 
-    python benchmarks/tables.py [--page docs/performance.md] [--results benchmarks/results]
+    python benchmarks/tables.py [--page FILE] [--results benchmarks/results]
 
 A table stands between `<!-- NAME -->` and `<!-- end -->` and is made of NAME.json; without that file it stays as it is.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from common.markdown import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "docs/performance.md", ROOT / "docs/scaling.md"]
 PLACE = re.compile(r"<!-- (\w+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
@@ -39,10 +40,11 @@ def filled(page: str, results: Path) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Command line of this program."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--page", type=Path, default=ROOT / "docs/performance.md")
+    parser.add_argument("--page", type=Path, help="default: all pages with such tables")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     options = parser.parse_args(arguments)
-    options.page.write_text(filled(options.page.read_text(), options.results))
+    for page in PAGES if options.page is None else [options.page]:
+        page.write_text(filled(page.read_text(), options.results))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def model_card(run: Run, done: int | None, name: str, best: bool = False, adapte
         best: it was chosen by its validation.
         adapter: it holds a LoRA adapter alone.
     """
-    when = "" if done is None else f" after {done:,} {run.counter}s"
+    when = "" if done is None else f" after {done:,} {run.counter}{'' if done == 1 else 's'}"
     parts = [
         f"---\n{_yaml(_head(run, adapter))}{_NO_LICENCE}\n---",
         f"# {name}",

@@ -4,7 +4,7 @@
         3-rank-00000-of-00002.pt    place in the checkpoint -> (first row, rows): this rank's part of the tensors
         3-rank-00001-of-00002.pt
         3-rest.pt                   everything else, and the shapes of those tensors
-        index.json                  names the files of save 3, their sizes and checksums; written last
+        index.json                  names the files of save 3, with their checksums; written last
 
 The folder is a checkpoint from the moment `index.json` stands in it, and while it stands it names a whole one: a second
 save under the same name writes files with the next number, replaces the index, which is one rename, and then deletes
@@ -171,14 +171,14 @@ def save_sharded(checkpoint: dict[str, Any], folder: Path) -> None:
     rest = map_tree(checkpoint, take)
     number = _together(folder, lambda: _begin(folder) if rank() == 0 else 0)[0]
 
-    def write() -> dict[str, dict]:
+    def write() -> dict[str, str]:
         files: dict[str, Any] = {f"{number}-rank-{rank():05d}-of-{world_size():05d}.pt": mine}
         if rank() == 0:
             files[f"{number}-rest.pt"] = {"sharded": shapes, "checkpoint": rest}
         return {name: _write(folder / name, content) for name, content in files.items()}
 
     try:
-        files = {name: told for written in _together(folder, write) for name, told in written.items()}
+        files = {name: digest for written in _together(folder, write) for name, digest in written.items()}
     except RunError:
         if rank() == 0:
             _tidy(folder)
@@ -191,10 +191,10 @@ def problem(folder: Path) -> str | None:
     index = _index(folder)
     if index is None:
         return f"it has no readable {INDEX}: its save was interrupted"
-    for name, told in index["files"].items():
+    for name, digest in index["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if checksum(folder / name) != told["blake2b"]:
+        if checksum(folder / name) != digest:
             return f"the content of {name} does not match its checksum"
     return None
 
@@ -227,12 +227,13 @@ def _begin(folder: Path) -> int:
     return 1 if index is None else index["number"] + 1
 
 
-def _write(path: Path, content: Any) -> dict[str, Any]:
+def _write(path: Path, content: Any) -> str:
+    """Its checksum, once it is on the disk."""
     with path.open("wb") as file:
         torch.save(content, file)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "blake2b": checksum(path)}
+    return checksum(path)
 
 
 def _finish(folder: Path, index: dict[str, Any]) -> None:
@@ -255,9 +256,8 @@ def _index(folder: Path) -> dict[str, Any] | None:
     """None where there is none, or none that can be read."""
     try:
         index = json.loads((folder / INDEX).read_bytes())
-        names = list(index["files"])
-        is_sound = isinstance(index["number"], int) and all(Path(name).name == name for name in names)
-        return index if is_sound and all("blake2b" in told for told in index["files"].values()) else None
+        is_sound = isinstance(index["number"], int) and all(Path(name).name == name for name in index["files"])
+        return index if is_sound and all(isinstance(digest, str) for digest in index["files"].values()) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

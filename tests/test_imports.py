@@ -90,6 +90,7 @@ HEAVY = {
     "reasoning_gym",
     "tokenizers",
     "transformers",
+    "vllm",
 }
 THIRD_PARTY = {
     "pure": {"torch", "torchmetrics", "rich"},

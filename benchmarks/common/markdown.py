@@ -200,8 +200,8 @@ def collectives_table(report: dict[str, Any]) -> str:
     first = table(["layout", "processes x threads", *(f"{p}, s" for p in phases), "speed", "MB / estimated"], rows)
     head = ["layout", "collectives of a rollout with its update", "MB sent by each / estimated", "kB per token"]
     line = (
-        f"{machine_line(report)} Speed is that of one process of one thread, over the layout's. MB: how far memory rises "
-        "above what it is between two rollouts, on rank 0."
+        f"{machine_line(report)} Speed is that of one process of one thread, over the layout's. MB: how far memory "
+        "rises above what it is between two rollouts, on rank 0."
     )
     return "\n\n".join([line, first, *([table(head, counted)] if counted else [])])
 

@@ -40,14 +40,16 @@ class Settings(KDRLCLI):
 
 
 def main(command: str, arguments: list[str]) -> None:
-    """Say what a `kdrl fit` with these settings would take: memory of each phase on each rank, tokens, operations, bytes
-    between ranks and on disk. Reads config.json of the models and loads no weights; every prompt is as long as
+    """Say what a `kdrl fit` with these settings would take: memory of each phase on each rank, tokens, operations,
+    bytes between ranks and on disk. Reads config.json of the models and loads no weights; every prompt is as long as
     data.max_prompt_tokens allows and every response as rollout.sampling.max_tokens does, unless said otherwise."""
     options, rest = _options(arguments)
     plan = plan_of(Settings(KDRLModule, PromptDataModule, command="fit", arguments=allow_imports(rest)), options)
     given = [getattr(options, name) for name in _RATES]
     if any(given) and not all(given):
-        raise ValueError("--tflops, --memory-gb-per-s and --link-gb-per-s go together: all of them bound a phase's time")
+        raise ValueError(
+            "--tflops, --memory-gb-per-s and --link-gb-per-s go together: all of them bound a phase's time"
+        )
     told = report(plan, (given[0] * 1e12, given[1] * 1e9, given[2] * 1e9) if all(given) else None)
     print(json.dumps(told, indent=1) if options.json else table(told))
 
@@ -128,7 +130,7 @@ def _positive(text: str) -> int:
 
 
 def _layout(strategy: Any) -> tuple[str, dict[str, Any]]:
-    """"single", "ddp" or "fsdp2", and the strategy's arguments."""
+    """ "single", "ddp" or "fsdp2", and the strategy's arguments."""
     if isinstance(strategy, str):
         name, arguments = strategy, {}
     else:

@@ -1,9 +1,9 @@
 """Bytes of the tensors that are alive while code runs on tensors without numbers, and the most there were at a time.
 
-Models whose weights are fake tensors (shape, dtype and device, no storage) run their real code, forward and backward, in
-moments and without memory: every product has a shape, and lives exactly as long as it would with numbers in it. So the
-peak of an arbitrary model under an arbitrary objective is counted, not derived. What is not seen: space that kernels
-take for themselves, and what the allocator keeps or cannot use.
+Models whose weights are fake tensors (shape, dtype and device, no storage) run their real code, forward and backward,
+in moments and without memory: every product has a shape, and lives exactly as long as it would with numbers in it. So
+the peak of an arbitrary model under an arbitrary objective is counted, not derived. What is not seen: space that
+kernels take for themselves, and what the allocator keeps or cannot use.
 """
 
 from __future__ import annotations

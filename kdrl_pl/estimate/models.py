@@ -64,6 +64,9 @@ def without_numbers(module: KDRLModule, gathered_in: str | None = None) -> Model
     for teacher in teachers:
         teacher.model = weightless(teacher.path, teacher.dtype, world, attn_implementation=teacher.attn_implementation)
         teacher.model.eval().requires_grad_(False)
+    both = [computing, at_rest, *(teacher.model for teacher in teachers)]
+    for model in both:  # one tokenizer; where it is not there, the narrowest model has the least padding
+        model.vocab_size = min(other.vocab_size for other in both)
     if isinstance(module.teacher, BaseTeacher):
         module._lend_base()
     elif teachers:

@@ -30,9 +30,7 @@ def report(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
         "tokens": tokens(plan),
         "memory": {
             "held": found.held,
-            "phases": {
-                phase: {"parts": parts, "total": found.total(phase)} for phase, parts in found.phases.items()
-            },
+            "phases": {phase: {"parts": parts, "total": found.total(phase)} for phase, parts in found.phases.items()},
             "peak": found.peak,
             "total": found.total(found.peak),
         },
@@ -72,7 +70,11 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
         if any(row):
             yield f"{name:<{width}}" + "".join(f"{_gb(value):>12}" for value in row)
     yield f"{'together':<{width}}" + "".join(f"{_gb(phases[phase]['total']):>12}" for phase in phases)
-    above = "what malloc keeps of freed tensors" if told["device"] == "cpu" else "the GPU's context, and what its allocator keeps"
+    above = (
+        "what malloc keeps of freed tensors"
+        if told["device"] == "cpu"
+        else "the GPU's context, and what its allocator keeps"
+    )
     yield f"the peak is the {memory_['peak']}: {_gb(memory_['total'])} GB of tensors; {above} come on top"
     yield ""
     seconds = told["least_seconds"]

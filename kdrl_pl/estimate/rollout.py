@@ -46,25 +46,29 @@ def rollout(plan: Plan, batch: Batch) -> RolloutBytes:
     dtype = None if plan.rollout_dtype is None else getattr(torch, plan.rollout_dtype)
     lines = min(batch.rows, plan.max_rows or batch.rows)
     lengths = sorted(batch.response_tokens, reverse=True)[:lines]
-    with LiveBytes(model_tensors(student)) as live, plan.precision():
-        with weights_in(student.model, dtype), cached_autocast("cpu"):
-            decoder = _decoder(plan, batch, lines)
-            live.restart()
-            prefilled = decoder.prefill()
-            kept = _kept(prefilled)
-            copies, read = live.now - kept, live.peak - live.now + kept
-            columns = [_column_bytes(layer) for layer in prefilled.cache.layers]
-            found = _capacities(plan, prefilled.width, {prefilled.width + n - 1 for n in lengths} | {prefilled.width})
-            sizes = {
-                width: [size * capacity for size, capacity in zip(columns, capacities, strict=True)]
-                for width, capacities in found.items()
-            }
-            start = lines * sum(sizes[prefilled.width])
-            # k rows are left when the k-th longest ends, and each has as many columns as it
-            ends = [(k * sum(sizes[prefilled.width + n - 1]), k, n) for k, n in enumerate(lengths, 1)]
-            cache, left, longest = max(ends)
-            old = left * max(sizes[prefilled.width + longest - 1])
-            step = _step(decoder, prefilled, left, prefilled.width + longest - 1, plan.is_ragged, live)
+    with (
+        LiveBytes(model_tensors(student)) as live,
+        plan.precision(),
+        weights_in(student.model, dtype),
+        cached_autocast("cpu"),
+    ):
+        decoder = _decoder(plan, batch, lines)
+        live.restart()
+        prefilled = decoder.prefill()
+        kept = _kept(prefilled)
+        copies, read = live.now - kept, live.peak - live.now + kept
+        columns = [_column_bytes(layer) for layer in prefilled.cache.layers]
+        found = _capacities(plan, prefilled.width, {prefilled.width + n - 1 for n in lengths} | {prefilled.width})
+        sizes = {
+            width: [size * capacity for size, capacity in zip(columns, capacities, strict=True)]
+            for width, capacities in found.items()
+        }
+        start = lines * sum(sizes[prefilled.width])
+        # k rows are left when the k-th longest ends, and each has as many columns as it
+        ends = [(k * sum(sizes[prefilled.width + n - 1]), k, n) for k, n in enumerate(lengths, 1)]
+        cache, left, longest = max(ends)
+        old = left * max(sizes[prefilled.width + longest - 1])
+        step = _step(decoder, prefilled, left, prefilled.width + longest - 1, plan.is_ragged, live)
     if batch.is_filtered:
         step += lines * student.vocab_size * 4  # one more copy of the logits
     # Later rows' prompts are read beside the whole cache; else prompts stand there at the start only.

@@ -39,9 +39,9 @@ def weightless(
 
     Args:
         path: folder or hub name; its config.json is all that is read, and the tokenizer where it has one.
-        dtype, gradient_checkpointing, adapter: as of `LanguageModel.load`; nothing is quantised here (held.py).
+        dtype, gradient_checkpointing, adapter: as of `LanguageModel.load`; nothing is quantised here (models.py).
         world: models that exchange tensors share one.
-        attn_implementation: likewise; a kernel that needs a GPU is stood in for by "sdpa", which keeps the same tensors.
+        attn_implementation: likewise; for a kernel that needs a GPU stands "sdpa", which keeps the same tensors.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model, or transformers does not know its kind.

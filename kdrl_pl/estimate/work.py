@@ -60,8 +60,7 @@ def tokens(plan: Plan) -> dict[str, int]:
 
 def work(plan: Plan) -> dict[str, Work]:
     """Phase -> work of one rollout on one rank."""
-    module, batch = plan.module, plan.training
-    student = module.student
+    module, student = plan.module, plan.module.student
     size = 2 if plan.autocast or plan.rollout_dtype else next(iter(student.parameters())).element_size()
     whole = count(student)
     others = (plan.ranks - 1) / plan.ranks
@@ -82,7 +81,7 @@ def work(plan: Plan) -> dict[str, Work]:
                 found["teacher"].copied = weights
     times, passes = module.epochs_per_rollout, len(plan.student_passes.rows)
     once = forward(plan, student, plan.student_passes.shares)
-    layer, root = layer_counts(student)
+    root = layer_counts(student)[1]
     if plan.updates > 1 or module.reward_shaping is not None:
         found["score"] = Work(once, passes * whole * size)
         if plan.layout == "fsdp2":

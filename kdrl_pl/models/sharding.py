@@ -60,4 +60,5 @@ def shard(
         fully_shard(layer, **settings)
     fully_shard(model, **settings)
     register_fsdp_forward_method(model, "token_logprobs")
-    model.reshards_layers = reshard_after_forward  # for `parallel.gathered_weights`
+    root: Any = model
+    root.reshards_layers = reshard_after_forward  # for `parallel.gathered_weights`

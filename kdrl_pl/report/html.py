@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from kdrl_pl.text import printable
 
-_EMPTY = frozenset({"br", "link", "meta"})  # elements without an end tag
+_EMPTY = frozenset({"br", "link", "meta", "wbr"})  # elements without an end tag
 
 
 class Markup(str):
@@ -57,6 +57,15 @@ def join(children: Iterable[object]) -> Markup:
         elif child is not None:
             parts.append(escaped(child))
     return Markup("".join(parts))
+
+
+def dotted(name: str) -> Markup:
+    """A name like `model.distillation.coef`, which a narrow column breaks behind its dots.
+
+    >>> dotted("data.val")
+    'data.<wbr>val'
+    """
+    return Markup(escaped(name).replace(".", ".<wbr>"))
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]], caption: object, numbers: bool = True) -> Markup:

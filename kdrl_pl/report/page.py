@@ -12,7 +12,7 @@ from kdrl_pl.files import replacing
 from kdrl_pl.report.charts import number
 from kdrl_pl.report.completions import best_and_worst, changes, most_disputed, objective_at
 from kdrl_pl.report.figures import chart_grid, run_figures
-from kdrl_pl.report.html import Markup, document, element, table
+from kdrl_pl.report.html import Markup, document, dotted, element, table
 from kdrl_pl.report.run import Run, read_run
 from kdrl_pl.report.sections import (
     alarm_list,
@@ -199,7 +199,7 @@ def _settings(run: Run) -> list[Any]:
 
 
 def _setting(setting: Setting) -> list[str]:
-    return [setting.name, plain(setting.value), "" if setting.default is None else plain(setting.default)]
+    return [dotted(setting.name), plain(setting.value), "" if setting.default is None else plain(setting.default)]
 
 
 def plain(value: Any) -> str:

@@ -242,7 +242,7 @@ class VLLMServerEngine:
                 "and --tokens-only, as docs/vllm.md says"
             )
         if answer.status != 200:
-            cure = "; is it started on the folder that python -m kdrl_pl.rollout.plain_weights writes?"
+            cure = "; was it started on what python -m kdrl_pl.rollout.plain_weights writes? Then start it anew"
             raise RunError(
                 f"the vLLM server at {self.url} refused {path}: {answer.status} {text[:500]}"
                 + (cure if "rpc" in path else "")

@@ -164,11 +164,15 @@ class Server:
         if connection is not None:
             try:
                 return self._exchange(connection, method, path, body, headers)
+            except TimeoutError:
+                raise
             except (OSError, http.client.HTTPException):
                 self._check_stop()  # else the server closed a connection that was idle for long: ask on a new one
-        kind = http.client.HTTPConnection if self._tls is None else http.client.HTTPSConnection
-        tls = {} if self._tls is None else {"context": self._tls}
-        connection = kind(self._host, self._port, timeout=min(self.timeout, CONNECT), **tls)
+        wait = min(self.timeout, CONNECT)
+        if self._tls is None:
+            connection = http.client.HTTPConnection(self._host, self._port, timeout=wait)
+        else:
+            connection = http.client.HTTPSConnection(self._host, self._port, timeout=wait, context=self._tls)
         connection.connect()
         connection.sock.settimeout(self.timeout)
         return self._exchange(connection, method, path, body, headers)
@@ -178,18 +182,19 @@ class Server:
     ) -> bytes:
         with self._lock:
             self._busy.add(connection)
-        self._check_stop()  # from here on `interrupt` finds it
         content = None
         try:
+            self._check_stop()  # from here on `interrupt` finds it
             connection.request(method, f"{self._path}{path}", body, headers)
             response = connection.getresponse()
             content = response.read()
         finally:
             with self._lock:
                 self._busy.discard(connection)
-                if content is not None:
+                is_open = content is not None and connection.sock is not None  # the server may have closed its end
+                if is_open:
                     self._idle.append(connection)
-            if content is None:
+            if not is_open:
                 connection.close()
         if response.status == 200:
             return content

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from torch.nn import Parameter
 from kdrl_pl.experience import Experience
 from kdrl_pl.models.loading import check_model_path, load_generation_config, load_tokenizer, revision, stop_ids
 from kdrl_pl.models.quantization import check_quantization, quantization_arguments
-from kdrl_pl.models.sharding import shard
 from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.parallel import all_reduce_max, world_size
 from kdrl_pl.sequences import group_batches, micro_batches, sharing_pays
@@ -22,6 +20,7 @@ from kdrl_pl.stop_cell import CELL, cell_logprobs
 from kdrl_pl.teacher.cache import TeacherCache, score_through
 from kdrl_pl.teacher.fingerprint import fingerprint
 from kdrl_pl.teacher.offload import WaitingWeights
+from kdrl_pl.teacher.sharded import cut, idle_pass, whole_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -102,7 +101,7 @@ class FrozenTeacher:
     @property
     def is_loaded(self) -> bool:
         """Whether it can be asked."""
-        return self.device is not None or self.model is not None
+        return self.model is not None or (self.cache is not None and self.device is not None)
 
     @property
     def whole_vocabulary(self) -> str | None:
@@ -135,12 +134,7 @@ class FrozenTeacher:
 
     def _load(self) -> None:
         if self.cuts:
-            from torch.distributed.device_mesh import init_device_mesh
-
-            root: Any = self._load_model(self.dtype, None, "cpu")
-            shard(root, init_device_mesh(self.device.type, (world_size(),)))
-            root.set_reshard_after_forward(True, recurse=False)  # the root too: no backward pass follows
-            self.model = root
+            self.model = cut(self._load_model(self.dtype, None, "cpu"), self.device)
             return
         by_way_of = "cpu" if self.offload and self.quantization is None else self.device
         self.model = self._load_model(self.dtype, self.quantization, by_way_of)
@@ -318,17 +312,3 @@ def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTo
 def head_parameters(model: LanguageModel) -> list[Parameter]:
     """Weight and bias of the output head."""
     return list(model.model.get_output_embeddings().parameters())
-
-
-def whole_head(model: LanguageModel) -> Head:
-    """A copy of the head of a model that is cut over processes; every process calls it."""
-    head: Any = model.head()
-    bias = None if head.bias is None else head.bias.full_tensor()
-    return replace(head, weight=head.weight.full_tensor(), bias=bias)
-
-
-def idle_pass(model: LanguageModel, device: torch.device, shares: bool) -> None:
-    """A pass about nothing, by a process that keeps in step with the others."""
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    shared = SharedPrompts(ids[:, 0], torch.ones_like(ids[:, 0])) if shares else None
-    model.token_logprobs(ids, torch.zeros_like(ids, dtype=torch.bool), shared=shared)

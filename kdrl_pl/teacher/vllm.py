@@ -70,7 +70,7 @@ class VLLMTeacher(RemoteTeacher):
         name = self.served_name or next(iter(models), None)
         if name not in models or (self.served_name is None and len(models) > 1):
             found = ", ".join(models) or "none"
-            raise ValueError(f"the server at {self.server.url} has the models {found}; name one as teacher.model")
+            raise ValueError(f"the server at {self.server.url} has the models {found}; name one as model.teacher.model")
         if student_tokenizer is None:
             raise ValueError("VLLMTeacher needs the student's tokenizer, to compare its own with; pass it to load")
         self._check_tokenizer(name, student_tokenizer)
@@ -174,9 +174,9 @@ class VLLMTeacher(RemoteTeacher):
 
     def _prompt_logprobs(self, prompts: list[list[int]]) -> list[list[float]]:
         """Per prompt the log-prob of each of its tokens; the first, which has none, gets 0."""
-        absences = self.server.absences
         told = self._ask_for(self.told["name"], prompts)
-        if self.server.absences != self._absences:  # it was away, and may have come back with other weights
+        absences = self.server.absences
+        if absences != self._absences:  # it was away, and may have come back with other weights
             again = self._ask_for(self.told["name"], [self._probe])[0]
             moved = max(abs(a - b) for a, b in zip(again, self._answer, strict=True))
             if not moved <= SAME_MODEL:

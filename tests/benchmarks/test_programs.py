@@ -130,6 +130,55 @@ def test_scaling_rows(monkeypatch, tmp_path, capsys):
     assert "| 8 | 96 |" in capsys.readouterr().out
 
 
+def test_scaling(monkeypatch, tmp_path, capsys):
+    report = run("scaling", monkeypatch, tmp_path, "--layouts", "one;one, 2 threads")
+    one = report["layouts"]["one"]
+    assert one["sent_bytes"] == one["estimated"]["sent_bytes"] == 0
+    assert one["tokens"] == 16 * (16 + 12) and min(one["seconds"].values()) > 0
+    assert "| one, 2 threads | 1 x 1 |" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no layout three"):
+        run("scaling", monkeypatch, tmp_path, "--layouts", "three")
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", ["ddp", "fsdp2"])
+def test_bytes_between_two_processes_are_those_estimated(layout, tmp_path):
+    file = tmp_path / "report.json"
+    importlib.import_module("scaling").main(["--miniature", "--layouts", layout, "--output", str(file)])
+    found = json.loads(file.read_text())["layouts"][layout]
+    # signs of life and metrics are some bytes each
+    assert found["estimated"]["sent_bytes"] <= found["sent_bytes"] < found["estimated"]["sent_bytes"] + 4000
+
+
+def test_estimate(monkeypatch, tmp_path, capsys):
+    report = run("estimate", monkeypatch, tmp_path, "--cases", "uneven")
+    case = report["cases"]["uneven"]
+    assert set(case["estimated"]) == set(case["measured"]) == {"rollout", "teacher", "update"}
+    assert "| uneven |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_estimated_memory_is_what_processes_take(tmp_path):
+    """Several shapes, in fresh processes, as much as they take to dwarf what is not tensors."""
+    file = tmp_path / "report.json"
+    cases = ("uneven", "grouped heads", "recomputed", "wide vocabulary")
+    arguments = ["--cases", ",".join(cases), "--threads", "1", "--output", str(file)]
+    importlib.import_module("estimate").main(arguments)
+    found = json.loads(file.read_text())["cases"]
+    assert {name: case["ratio"] for name, case in found.items()} == {name: pytest.approx(1, abs=0.15) for name in cases}
+
+
+def test_layouts(tmp_path, capsys):
+    file = tmp_path / "report.json"
+    runs = "7 B, DDP;32 B, sharded on 64;served"
+    importlib.import_module("layouts").main(["--miniature", "--runs", runs, "--output", str(file)])
+    report = json.loads(file.read_text())
+    assert report["7 B, DDP"]["layout"] == "ddp" and report["served"]["memory"]["held"]["teacher"] == 0
+    assert report["32 B, sharded on 64"]["command"].startswith("kdrl estimate --config configs/kdrl.yaml")
+    assert "| served | " in capsys.readouterr().out
+
+
 def test_tables_are_written_into_the_page(tmp_path):
     tables = importlib.import_module("tables")
     spread = {"median": 1.5, "min": 1.0, "max": 2.0}
@@ -149,8 +198,9 @@ def test_tables_are_written_into_the_page(tmp_path):
 
 def test_the_page_has_a_place_for_every_table():
     from common.markdown import TABLES
+    from tables import PAGES
 
-    page = (BENCHMARKS.parent / "docs/performance.md").read_text()
+    page = "".join(page.read_text() for page in PAGES)
     assert all(f"<!-- {name} -->\n" in page and f"results/{name}.json" in page for name in TABLES)
 
 

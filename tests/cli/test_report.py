@@ -100,3 +100,16 @@ def test_while_the_run_goes_on(run, capsys):
         file.write('{"rollout": 4, "rew')
     assert main(["report", str(run)]) == 0
     assert "Under way, or stopped: 4 of 4 rollouts" in (run / "report.html").read_text()
+
+
+def test_a_training_leaves_a_report_and_its_export_a_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    size = ["--run.max_rollouts=2", "--data.prompts_per_rollout=2", "--rollout.group_size=2", "--trainer.logger=false"]
+    assert main(["fit", "--config", "configs/debug.yaml", "--run.root=runs", "--run.name=short", *size]) == 0
+    (run,) = tmp_path.glob("runs/short/*")
+    page = (run / "report.html").read_text()
+    assert "Finished after 2 rollouts" in page and 'id="tokens"' in page and "‹" not in page
+    assert sorted(file.name for file in (run / "validation").iterdir()) == ["000000.json", "000002.json"]
+    assert main(["export", str(run), "--last", "--output", "student"]) == 0
+    card = (tmp_path / "student" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n") and "after 2 rollouts of the run `short/" in card

@@ -50,7 +50,7 @@ def test_settings_of_an_object_that_some_runs_lack(tmp_path):
 def test_the_page(runs):
     page = compare_page(runs)
     assert "kdrl: 10 % at rollout 1, 40 % at rollout 4" in page and "grpo: 10 % at rollout 1, 20 % at rollout 2" in page
-    assert '<th scope="row">model.normaliser</th><td>token</td><td>group</td>' in page
+    assert '<th scope="row">model.<wbr>normaliser</th><td>token</td><td>group</td>' in page
     assert '<th scope="row">kdrl</th><td>25.0%</td><td>50.0%</td>' in page
     assert 'class="line s1"' in page and "Coefficient of kd" in page
 

@@ -73,7 +73,7 @@ def test_before_the_first_rollout(tmp_path):
     write_run(folder, rollouts=0, finished=False)
     shutil.rmtree(folder / "validation")
     page = page_of(folder)
-    assert "No rollout is finished yet." in page and "<svg" not in page and "model.normaliser" in page
+    assert "No rollout is finished yet." in page and "<svg" not in page and "model.<wbr>normaliser" in page
     (folder / "metrics.jsonl").write_text("")
     assert "No rollout is finished yet." in page_of(folder)
 
@@ -153,9 +153,9 @@ def test_alarms_link_to_their_section(tmp_path):
 def test_settings_that_differ_come_first(tmp_path):
     page = page_of(write_run(tmp_path / "run"))
     changed, _, usual = page.partition("settings left at their default")
-    row = '<th scope="row">model.distillation.coef</th><td>0.5</td><td>0.002</td>'
-    assert row in changed and '<th scope="row">model.normaliser</th><td>token</td><td>group</td>' in changed
-    assert '<th scope="row">model.distillation.estimator</th>' in usual and "default_root_dir" not in page
+    row = '<th scope="row">model.<wbr>distillation.<wbr>coef</th><td>0.5</td><td>0.002</td>'
+    assert row in changed and '<th scope="row">model.<wbr>normaliser</th><td>token</td><td>group</td>' in changed
+    assert '<th scope="row">model.<wbr>distillation.<wbr>estimator</th>' in usual and "default_root_dir" not in page
 
 
 @pytest.mark.parametrize(

@@ -116,12 +116,6 @@ class TestServer(EngineContract):
         with pytest.raises(RunError, match=r"lie .* nats from those of Qwen2ForCausalLM"):
             VLLMServerEngine(server, dtype="float32").sync(other, [STOP])
 
-    def test_weights_of_another_model_are_refused(self, engine, student, server):
-        other = contract_student()
-        other.model.lm_head = type(other.model.lm_head)(32, 80)
-        with pytest.raises(RunError, match="refused /collective_rpc"):
-            engine.sync(other, [STOP])
-
 
 @pytest.mark.vllm
 @pytest.mark.distributed
@@ -131,6 +125,17 @@ def test_two_ranks_share_a_server(server, sharded, tmp_path):
     engine = f"VLLMServerEngine({server!r}, dtype='float32')"
     script.write_text(TWO_RANKS.format(tests=str(ROOT / "tests"), engine=engine, sharded=sharded))
     run_two_ranks(script)
+
+
+@pytest.mark.vllm
+def test_weights_of_another_model_are_refused(server):
+    """The last test with this server: vLLM does not recover from half a hand-over."""
+    other = contract_student()
+    engine = VLLMServerEngine(server, dtype="float32")
+    engine.sync(other, [STOP])
+    other.model.lm_head = type(other.model.lm_head)(32, 80)
+    with pytest.raises(RunError, match=r"refused /collective_rpc: 500.*plain_weights writes\? Then start it anew"):
+        engine.sync(other, [STOP])
 
 
 @pytest.mark.vllm

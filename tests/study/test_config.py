@@ -65,6 +65,11 @@ BAD = {
     "plot": (lambda s: s | {"plot": ["kdlr"]}, "plot: there is no arm 'kdlr'; did you mean kdrl?"),
     "set": (lambda s: s["arms"]["grpo"].update(set=[1]) or s, "arms.grpo.set: is [1]"),
     "set of ours": (lambda s: s["arms"]["grpo"].update(set={"run.max_rollouts": 9}) or s, "run.max_rollouts is what"),
+    "sft": (lambda s: s["arms"]["grpo"].update(sft=[1]) or s, "arms.grpo.sft: is [1]"),
+    "sft and more": (
+        lambda s: s["arms"]["grpo"].update(sft={}, set={"model.gradient_clip": 1.0}) or s,
+        "arms.grpo.sft: stands alone",
+    ),
     "no YAML": (lambda s: "a: [1", "not readable as YAML"),
 }
 

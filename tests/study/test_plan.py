@@ -130,3 +130,14 @@ def test_no_study_of_the_library_has_the_same_arm_twice(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     arms = {(run.testbed, run.arm): (run.testbed, run.digest) for run in plan(read_study(str(path)))}
     assert len(set(arms.values())) == len(arms) > 0
+
+
+def test_the_command_of_an_arm_that_imitates(folder):
+    arms = {"arms": {"sft": {"sft": {"model.optimizer.init_args.lr": 1e-3}}, "other": {"sft": {"data.batch_size": 8}}}}
+    run, other = runs_of(arms, only=["far/sft/1", "far/other/1"])
+    assert shlex.join(run.command(Path("runs/s"))) == (
+        f"{sys.executable} -m kdrl_pl.study.imitation --config=base.yaml --config=more.yaml "
+        "--set=model.optimizer.init_args.lr=0.001 "
+        f"--folder runs/s/far/sft/seed-1-{run.digest} --seed 1 --rollouts 30"
+    )
+    assert run.digest != other.digest

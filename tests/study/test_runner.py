@@ -27,7 +27,7 @@ class Script(Run):
 
 
 def script(code, seed=0):
-    return Script("near", "kdrl", seed, 1, (), {}, "d", code)
+    return Script("near", "kdrl", seed, 1, (), {}, "d", code=code)
 
 
 def do(runs, root, jobs=1, environment=None):

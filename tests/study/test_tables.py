@@ -78,3 +78,15 @@ def test_an_arm_with_more_samples_has_its_own_column():
     assert "pass@8 [%] | pass@16 [%]" in lines[0]
     assert lines[2].startswith("| kdrl | 3 | 62.0 ± 5.0 | 50.0 ± 0.0 |  |")
     assert lines[3].startswith("| x | 1 | 70.0 |  | 90.0 |")
+
+
+def test_the_course_is_the_mean_over_the_run():
+    """Validated at 0, 30, 120: (30 · (10 + 50)/2 + 90 · (50 + 70)/2) / 120 = 52.5; a jump to 70 at once: 30 · 40 + 90 · 70."""
+    curve = {"rollouts": [0, 30, 120], "seconds": [0, 1, 2]}
+    slow = entry([0], [0.7], [10.0], [0.0], curve=[{**curve, "pass@1": [0.1, 0.5, 0.7]}])
+    fast = entry([0], [0.7], [10.0], [0.0], curve=[{**curve, "pass@1": [0.1, 0.7, 0.7]}])
+    head, _, row, *_ = arms_table({"slow": slow, "fast": fast}).splitlines()
+    assert head.split(" | ")[2:5] == ["pass@1 [%]", "pass@8 [%]", "on the way [%]"]
+    assert row.split(" | ")[4] == "52.5"
+    (row,) = differences_table({"slow": slow, "fast": fast}, [("fast", "slow")]).splitlines()[2:]
+    assert row.split(" | ")[4] == "+10.0 (one seed)"

@@ -1,6 +1,7 @@
 """`kdrl serve-teacher` as a real process on a real socket: what it answers, and what it refuses without falling."""
 
 import base64
+import importlib
 import json
 import os
 import socket
@@ -271,3 +272,11 @@ def test_a_taken_port_is_an_error(model):
     assert server.process.returncode != 0
     assert "address already in use" in output.lower()
     assert os.environ.get("KDRL_TEACHER_TOKEN") is None
+
+
+def test_the_benchmark_of_the_round_trip_runs(model, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    program = importlib.import_module("served_teacher")
+    program.main(["--model", model, "--port", str(free_port()), "--repeats", "1", "--sizes", "1"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert [float(cell) for cell in line.strip("| ").split("|")][:3] == [4, 32, 16]

@@ -49,7 +49,7 @@ def test_two_processes_agree_with_one(tiny_models, tmp_path):
         for number in range(2)
     ]
     try:
-        errors = [process.communicate(timeout=120)[1] for process in processes]
+        errors = [process.communicate(timeout=180)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -120,7 +120,7 @@ def main(folder, student, path, number):
     from kdrl_pl.rollout.streams import group_keys
     from kdrl_pl.teacher import TeacherCache
 
-    faulthandler.dump_traceback_later(80, exit=True)  # a rank that waits says where
+    faulthandler.dump_traceback_later(170, exit=True)  # a rank that waits says where
     torch.set_num_threads(1)
     whole = FrozenTeacher(path)
     whole.load("cpu")

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,12 @@ from kdrl_pl.teacher import store as module
 from kdrl_pl.teacher.store import Store
 
 MB = 10**6
+# In another process, without the package, which takes seconds to import.
+IMPORT = f"""
+import sys
+sys.path.insert(0, {str(Path(module.__file__).parent)!r})
+from store import Store
+"""
 
 
 def value(number, size=1000):
@@ -32,8 +39,7 @@ def key(number):
 
 def test_what_was_put_is_found_by_another_process(tmp_path):
     filled(tmp_path)
-    code = f"""
-from kdrl_pl.teacher.store import Store
+    code = f"""{IMPORT}
 found = Store({str(tmp_path)!r}, 10**8).get([n.to_bytes(16, "big") for n in range(7)])
 print(sorted((int.from_bytes(key, "big"), value[0], len(value)) for key, value in found.items()))
 """
@@ -133,9 +139,9 @@ def test_a_disk_that_takes_nothing_costs_what_is_stored_and_is_said_once(tmp_pat
     assert store.get([key(2)]) == {key(2): value(2)}
 
 
-WRITER = """
-import sys
-from kdrl_pl.teacher.store import Store
+WRITER = (
+    IMPORT
+    + """
 folder, who, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 store = Store(folder, 10**9)
 for n in range(rounds):
@@ -144,6 +150,7 @@ for n in range(rounds):
     store.put({key: number.to_bytes(4, "little") * 5000 for key in keys})
     print(number, flush=True)
 """
+)
 
 
 @pytest.mark.faults

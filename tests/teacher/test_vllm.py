@@ -123,7 +123,7 @@ def test_what_a_vllm_server_cannot_do_is_said(served, model):
         scored(teacher, rows(0.7))
     with pytest.raises(ValueError, match=r"set model.distillation.estimator: k2"):
         teacher.score(rows(1.0), rows().response_mask, hidden=True)
-    with pytest.raises(ValueError, match=r"has the models teacher; name one as teacher.model"):
+    with pytest.raises(ValueError, match=r"has the models teacher; name one as model.teacher.model"):
         loaded(served, model, model="other")
     with pytest.raises(ValueError, match="has another tokenizer than the student"):
         VLLMTeacher(served.url).load("cpu", character_tokenizer("9876543210-+=;#"))

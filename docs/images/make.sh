@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes docs/images/report-*.png from a run of the quick start: bash docs/images/make.sh
-# It needs Chromium and the environment (. .venv/bin/activate), and takes about a minute.
+# It needs Chromium and the environment (. .venv/bin/activate), and takes a few minutes.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 folder=$(mktemp -d)

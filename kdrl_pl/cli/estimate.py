@@ -139,9 +139,7 @@ def _layout(strategy: Any) -> tuple[str, dict[str, Any]]:
         return "ddp", arguments
     if "fsdp2" in name.lower() or "ModelParallel" in name:
         return "fsdp2", arguments
-    if name == "auto" or "SingleDevice" in name:
-        return "single", arguments
-    raise ValueError(f"trainer.strategy is {name}; the estimate knows auto, ddp and fsdp2")
+    return "single", arguments
 
 
 def _devices(devices: Any) -> int:

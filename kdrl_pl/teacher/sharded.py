@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def cut(model: LanguageModel, device: torch.device) -> LanguageModel:
     """Keep this process's part of every weight, on `device`; in place, and returned. Every process calls it.
 
-    It is a root of its own, outside the student's. From then on every process must call `token_logprobs` as often as the
-    others.
+    It is a root of its own, outside the student's. From then on every process must call `token_logprobs` as often as
+    the others.
 
     Args:
         model: whole, on the CPU.

@@ -127,9 +127,9 @@ def test_recomputed_activations_are_fewer(bare):
 
 
 def test_activations_of_a_layer_are_those_that_autograd_saves(tmp_path):
-    """Per token of a Llama layer in fp32: of each norm its input, the normalised input and the scaled one, and 1 number;
-    q, k, v and the attention's result, and a number per head; of the feed-forward part gate, its activation, up and
-    their product. One layer more costs just that."""
+    """Per token of a Llama layer in fp32: of each norm its input, the normalised input and the scaled one, and a
+    number; q, k, v and the attention's result, and a number per head; of the feed-forward part gate, its activation, up
+    and their product. One layer more costs just that."""
     peaks, heads = [], 4
     for layers in (4, 8):
         transformers.LlamaConfig(

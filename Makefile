@@ -9,7 +9,7 @@ VLLM_VENV ?= .venv-vllm
 VLLM_STAMP := $(VLLM_VENV)/.kdrl_installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-all test-browser test-vllm soak lint demo wheel clean
+.PHONY: help venv quickstart test test-all test-browser test-vllm soak lint docs demo wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -61,6 +61,11 @@ lint: venv  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: venv  ## the pages of docs/ as a site in site/
+	@$(PIP) -e '.[docs]'
+	@$(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
+
 demo: venv  ## train SmolLM2-135M under an 8-bit teacher on the CPU, about half an hour
 	PYTHON=$(BIN)/python bash examples/smollm2/run.sh
 
@@ -70,5 +75,5 @@ wheel: venv  ## build dist/kdrl_pl-*.whl
 	@rm -rf build
 
 clean:  ## remove what building and testing leave; .venv, runs and checkpoints stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -70,7 +70,7 @@ class Experience:
         max_response_tokens: the sampler's budget (L_max of the normaliser "constant"); None when unknown.
         share_prompts: forward passes of the student read the prompt of a group once; `KDRLModule.score` decides it.
         uids: one string per row naming its prompt.
-        teachers: per row which of several teachers scores it (`RoutedTeacher`), None for their default; default all None.
+        teachers: per row which of several teachers scores it (`RoutedTeacher`); None, also for all, is their default.
 
     Raises:
         ValueError: a tensor has another shape, or a mask another layout, than stated above.

@@ -122,7 +122,7 @@ def like(saved: Any, own: Any) -> Any:
 
     first, count = first_row(own), len(own.to_local())
     rows = saved.rows(first, first + count) if isinstance(saved, Parts) else saved[first : first + count]
-    local = rows.to(own.to_local().device)
+    local = rows.to(own.to_local().device, copy=True)  # not the file's own pages
     return DTensor.from_local(
         local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
     )

@@ -87,7 +87,7 @@ class VLLMServerEngine:
         """Bring the server the student's weights; every rank calls it, rank 0 does it.
 
         Raises:
-            RunError: the server does not answer, has other settings or another model, computes the student otherwise, or
+            RunError: the server does not answer, has other settings or another model, computes the student otherwise or
                 cannot read the weights; every rank raises it.
             ValueError: see `plain_weights`.
         """

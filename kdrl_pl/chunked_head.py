@@ -43,7 +43,14 @@ class TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, factor: float, size: int, block: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        factor: float,
+        size: int,
+        block: int,
     ) -> Tensor:
         """The largest logit and the sum of exponentials are carried from block to block.
 
@@ -214,7 +221,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _columns(tokens: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     """(N,) column of each token in a block of words, and whether it is in there at all."""
-    return (tokens - words.start).clamp(0, words.stop - words.start - 1), (tokens >= words.start) & (tokens < words.stop)
+    return (tokens - words.start).clamp(0, words.stop - words.start - 1), (tokens >= words.start) & (
+        tokens < words.stop
+    )
 
 
 def _parts(total: int, size: int) -> Iterator[slice]:

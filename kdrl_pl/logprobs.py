@@ -116,7 +116,9 @@ def token_scores(
         readings = {}
         if read is not None:
             with torch.no_grad():
-                of_teacher = None if teacher_hidden is None else teacher_head.logprobs(teacher_hidden[rows], temperature)
+                of_teacher = (
+                    None if teacher_hidden is None else teacher_head.logprobs(teacher_hidden[rows], temperature)
+                )
             readings = read(Vocabulary(logprobs, tokens[rows], of_teacher))
         names[:] = readings
         return [logprobs.gather(1, tokens[rows, None])[:, 0], *readings.values()]

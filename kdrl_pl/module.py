@@ -55,6 +55,7 @@ from kdrl_pl.updates import run_update
 
 if TYPE_CHECKING:
     from kdrl_pl.data.prompts import PromptBatch
+    from kdrl_pl.models.adapters import EarlierStudent
     from kdrl_pl.records import NonFiniteRollouts
 
 
@@ -325,7 +326,10 @@ class KDRLModule(LightningModule):
 
     @torch.no_grad()
     def student_logprobs(
-        self, experience: Experience, model: LanguageModel | None = None, of_cells: bool = False
+        self,
+        experience: Experience,
+        model: LanguageModel | EarlierStudent | None = None,
+        of_cells: bool = False,
     ) -> Tensor:
         """(B, T) float32 log-probs of the current student, zero outside the response mask, no gradient.
 

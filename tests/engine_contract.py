@@ -220,17 +220,18 @@ class EngineContract:
         assert self.roll(engine, []) == Completions([], [], [])
 
     def test_nan_weights_are_reported(self, engine, student):
+        # One token, and an id that no prompt holds: vLLM's cache would keep a NaN, and hand it to the rows after.
         head = student.model.get_output_embeddings().weight
-        kept = head[3].clone()
+        kept = head[68].clone()
         try:
             with torch.no_grad():
-                head[3] = float("nan")
+                head[68] = float("nan")
             engine.sync(student, [STOP])
             with pytest.raises(FloatingPointError, match="NaN"):
-                self.roll(engine)
+                self.roll(engine, max_tokens=1)
         finally:
             with torch.no_grad():
-                head[3] = kept
+                head[68] = kept
         engine.sync(student, [STOP])
         self.check(student, self.roll(engine))
 

@@ -21,6 +21,7 @@ FLOORS = {
         "files",
         "identity",
         "listening",
+        "chunked_head",
         "logprobs",
         "losses.",
         "metric_names",

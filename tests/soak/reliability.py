@@ -81,7 +81,10 @@ def hold(tests: tuple[str, ...], kills: int, workers: int) -> dict[str, Any]:
         words = ["-q", "-n", str(workers), "-m", "not gpu and not vllm and not browser", f"--junitxml={report}", *tests]
         started = time.monotonic()
         subprocess.run(
-            [sys.executable, "-m", "pytest", *words], cwd=ROOT, env={**os.environ, "KDRL_KILLS": str(kills)}, check=False
+            [sys.executable, "-m", "pytest", *words],
+            cwd=ROOT,
+            env={**os.environ, "KDRL_KILLS": str(kills)},
+            check=False,
         )
         cases = list(ElementTree.parse(report).iter("testcase"))
     bad = [case.get("name") for case in cases if case.find("failure") is not None or case.find("error") is not None]
@@ -143,7 +146,10 @@ def main() -> int:
     report["promises"] = {promise: report["promises"][promise] for promise in PROMISES if promise in report["promises"]}
     file.write_text(json.dumps(report, indent=1) + "\n")
     page = re.sub(
-        r"(<!-- reliability -->\n).*?(\n<!-- end -->)", lambda m: m[1] + table(report) + m[2], PAGE.read_text(), flags=re.S
+        r"(<!-- reliability -->\n).*?(\n<!-- end -->)",
+        lambda m: m[1] + table(report) + m[2],
+        PAGE.read_text(),
+        flags=re.S,
     )
     PAGE.write_text(page)
     failed = {promise: found["failed"] for promise, found in report["promises"].items() if found["failed"]}

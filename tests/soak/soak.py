@@ -55,7 +55,11 @@ def config(rollouts: int) -> dict[str, Any]:
         "rollout": {
             "reward": {
                 "class_path": "kdrl_pl.rewards.GuardedReward",
-                "init_args": {"time_limit": 4.0, "max_failure_rate": 0.6, "reward": {"class_path": "soak_parts.EvenSum"}},
+                "init_args": {
+                    "time_limit": 4.0,
+                    "max_failure_rate": 0.6,
+                    "reward": {"class_path": "soak_parts.EvenSum"},
+                },
             },
             "group_size": 4,
             "validation_samples": 1,
@@ -115,7 +119,8 @@ class Run:
         while process.poll() is None:
             time.sleep(0.5)
             try:
-                fields = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+                status = Path(f"/proc/{process.pid}/status").read_text()
+                fields = dict(line.split(":", 1) for line in status.splitlines())
                 self.memory.append((self.done(), int(fields["VmRSS"].split()[0]) / 1000))
             except (OSError, KeyError):  # it has ended
                 pass

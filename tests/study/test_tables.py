@@ -81,7 +81,7 @@ def test_an_arm_with_more_samples_has_its_own_column():
 
 
 def test_the_course_is_the_mean_over_the_run():
-    """Validated at 0, 30, 120: (30 · (10 + 50)/2 + 90 · (50 + 70)/2) / 120 = 52.5; a jump to 70 at once: 30 · 40 + 90 · 70."""
+    """Validated at 0, 30, 120: (30 · (10 + 50)/2 + 90 · (50 + 70)/2) / 120 = 52.5; then 62.5."""
     curve = {"rollouts": [0, 30, 120], "seconds": [0, 1, 2]}
     slow = entry([0], [0.7], [10.0], [0.0], curve=[{**curve, "pass@1": [0.1, 0.5, 0.7]}])
     fast = entry([0], [0.7], [10.0], [0.0], curve=[{**curve, "pass@1": [0.1, 0.7, 0.7]}])

@@ -28,7 +28,6 @@ $(STAMP): pyproject.toml setup.py constraints.txt | $(BIN)/python
 
 quickstart: venv  ## train a tiny student under its teacher on the CPU, some minutes (ARGS='--run.max_rollouts 20')
 	@$(BIN)/kdrl fit --config configs/quickstart.yaml $(ARGS)
-	@echo "accuracy before and after: summary.json in that folder; every rollout: metrics.jsonl and rollouts/"
 
 test: venv  ## the tests that need neither a GPU nor minutes
 	@$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu and not browser and not vllm' $(ARGS)

@@ -4,8 +4,8 @@
 
 Runs in the environment that `make test-vllm` makes. The in-process engine, vLLM in the process, and transformers'
 `generate` take turns, each in a fresh process: a short rollout first, then `--rounds` that are timed, from `sync` to the
-last token. No row ends early. Drift is how far an engine's log-probs lie from the trainer's in fp32. Prints a Markdown
-table.
+last token. No row ends early. Drift is how far an engine's log-probs lie from the trainer's in fp32. Prints a
+Markdown table.
 """
 
 from __future__ import annotations

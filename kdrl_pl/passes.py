@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from kdrl_pl.models.shared_prompts import SharedPrompts
 from kdrl_pl.parallel import all_reduce_max
 from kdrl_pl.sequences import group_batches, micro_batches
 from kdrl_pl.stop_cell import CELL, cell_logprobs
+
+if TYPE_CHECKING:
+    from kdrl_pl.models.adapters import EarlierStudent
 
 
 def pass_rows(experience: Experience, max_tokens: int) -> list[list[int]]:
@@ -37,7 +41,10 @@ def shared_prompts(experience: Experience) -> SharedPrompts | None:
 
 @torch.no_grad()
 def logprobs_of(
-    model: LanguageModel, experience: Experience, passes: Sequence[Sequence[int]], of_cells: bool = False
+    model: LanguageModel | EarlierStudent,
+    experience: Experience,
+    passes: Sequence[Sequence[int]],
+    of_cells: bool = False,
 ) -> Tensor:
     """(B, T) float32 log-probs in nats, zero outside the response mask, no gradient.
 

@@ -18,7 +18,8 @@ STUDIES = sorted(CONFIGS.glob("studies/*.yaml"))
 TESTBEDS = [CONFIGS / f"testbeds/{name}.yaml" for name in ("arithmetic", "knights")]
 TESTBED_SFT = [CONFIGS / "testbeds/sft.yaml", *sorted(CONFIGS.glob("testbeds/sft/*.yaml"))]  # the rest over the first
 STRESSED = [path for path in sorted(CONFIGS.glob("testbeds/*.yaml")) if path not in [*TESTBEDS, *TESTBED_SFT]]
-OTHERS = [*SFT, *STUDIES, *TESTBEDS, *TESTBED_SFT, *STRESSED]
+ESTIMATES = sorted(CONFIGS.glob("estimate/*.yaml"))  # models without weights, for kdrl estimate
+OTHERS = [*SFT, *STUDIES, *TESTBEDS, *TESTBED_SFT, *STRESSED, *ESTIMATES]
 OVERLAYS = [path for path in sorted(CONFIGS.glob("*/*.yaml")) if path not in OTHERS]
 SMALL = """
 data:

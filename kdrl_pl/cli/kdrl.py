@@ -9,7 +9,6 @@ from typing import Any
 from lightning.pytorch import Callback
 from lightning.pytorch.cli import LightningArgumentParser
 
-from kdrl_pl.__main__ import COMMANDS
 from kdrl_pl.cli.imports import allow_imports
 from kdrl_pl.cli.lightning import RunCLI
 from kdrl_pl.data.datamodule import PromptDataModule
@@ -44,7 +43,7 @@ class KDRLCLI(RunCLI):
 
     def after_fit(self) -> None:
         if self.trainer.is_global_zero:
-            say(closing(self.folder, [name for name in ("export", "report") if name in COMMANDS]))
+            say(closing(self.folder))
 
     def before_predict(self) -> None:
         trainer: Any = self.trainer

@@ -37,6 +37,9 @@ def closing(folder: Path, commands: Sequence[str] = ("export",)) -> str:
     best = folder / "checkpoints" / "best.json"
     if best.exists():
         lines.append(f"best:       {best.parent / json.loads(best.read_text())['file']}")
+    page = folder / "report.html"
+    if page.exists():
+        lines.append(f"report:     {page}")
     lines += [f"{'next:' if i == 0 else '':<12}kdrl {name} {folder}" for i, name in enumerate(commands)]
     return printable("\n".join(lines))
 

@@ -16,7 +16,8 @@ def test_closing(tmp_path) -> None:
     (tmp_path / "checkpoints/best.json").write_text('{"file": "best-000100.ckpt", "val/avg_at_k": 0.79}')
     rows = [{"rollout": 9, "code": "K003"}, {"rollout": 12, "code": "K001"}, {"rollout": 40, "code": "K003"}]
     (tmp_path / "alarms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    assert closing(tmp_path, ["export", "report"]).splitlines() == [
+    (tmp_path / "report.html").touch()
+    assert closing(tmp_path, ["export", "compare"]).splitlines() == [
         "120 rollouts in 1 h 2 min, 1,234,567 tokens sampled",
         "",
         "add  accuracy       13.9% → 78.6%  (+64.7 points)",
@@ -26,8 +27,9 @@ def test_closing(tmp_path) -> None:
         "alarms:     K003, K001 (alarms.jsonl; docs/troubleshooting.md says what to do)",
         f"run folder: {tmp_path}",
         f"best:       {tmp_path}/checkpoints/best-000100.ckpt",
+        f"report:     {tmp_path}/report.html",
         f"next:       kdrl export {tmp_path}",
-        f"            kdrl report {tmp_path}",
+        f"            kdrl compare {tmp_path}",
     ]
 
 

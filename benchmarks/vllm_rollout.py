@@ -3,8 +3,8 @@
     .venv-vllm/bin/python benchmarks/vllm_rollout.py [--repeats 3] [--output FILE]
 
 Runs in the environment that `make test-vllm` makes. The in-process engine, vLLM in the process, and transformers'
-`generate` take turns, each in a fresh process: a short rollout first, then `--rounds` that are timed, from `sync` to the
-last token. No row ends early. Drift is how far an engine's log-probs lie from the trainer's in fp32. Prints a
+`generate` take turns, each in a fresh process: a short rollout first, then `--rounds` that are timed, from `sync` to
+the last token. No row ends early. Drift is how far an engine's log-probs lie from the trainer's in fp32. Prints a
 Markdown table.
 """
 

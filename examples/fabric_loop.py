@@ -39,13 +39,11 @@ def train(
     module = KDRLModule(
         STUDENT,
         FrozenTeacher(TEACHER),
-        distillation=Distillation(
-            estimator="full", coef=Linear(start=0.3, slope=0.0025, floor=0.0), rows_without_signal=0.125
-        ),
+        distillation=Distillation(estimator="full", mask="response", coef=Linear(start=0.3, slope=0.0025, floor=0.0)),
         normaliser="token",
     )
     module.load(fabric.device)
-    make = partial(torch.optim.AdamW, lr=3e-4, betas=(0.9, 0.99), weight_decay=0.0)
+    make = partial(torch.optim.AdamW, lr=6e-4, betas=(0.9, 0.99), weight_decay=0.0)
     model, optimizer = fabric.setup(module, make_optimizer(make, module.student))
     model.mark_forward_method("loss")  # so that a call of it goes through DDP
 

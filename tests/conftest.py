@@ -23,6 +23,14 @@ def _imports_as_in_a_new_process():
         functions._allowed = None
 
 
+@pytest.fixture(autouse=True)
+def _no_process_group_is_left():
+    """Lightning leaves its own after a run; a process that a later test forks would find it."""
+    yield
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> tuple[str, str]:
     """Folders of a tiny random student and of a larger tiny random teacher."""

@@ -270,15 +270,22 @@ def resume_one(student: str, teacher: str, folder: Path, **trainer) -> None:
 
 
 @pytest.fixture(scope="module")
-def one_and_two(request, one, tiny_models, tmp_path_factory):
-    """Folders of the same runs on one process and on two."""
-    folder = tmp_path_factory.mktemp("processes")
-    root = str(Path(__file__).parents[1])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "KDRL_TEST_RANKS": "2", "PYTHONPATH": root}
-    command = [sys.executable, __file__, *tiny_models, str(folder), request.param]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert process.returncode == 0, process.stderr[-4000:]
-    return one, folder
+def one_and_two(one, tiny_models, tmp_path_factory):
+    """Of a strategy: folders of the same runs on one process and on two, which do them all when they are first asked."""
+    made = {}
+
+    def folders(strategy):
+        if strategy not in made:
+            folder = tmp_path_factory.mktemp(strategy)
+            root = str(Path(__file__).parents[1])
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "KDRL_TEST_RANKS": "2", "PYTHONPATH": root}
+            command = [sys.executable, __file__, *tiny_models, str(folder), strategy]
+            process = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+            assert process.returncode == 0, process.stderr[-4000:]
+            made[strategy] = folder
+        return one, made[strategy]
+
+    return folders
 
 
 @pytest.fixture(scope="module")
@@ -294,12 +301,11 @@ def one(tiny_models, tmp_path_factory):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("one_and_two", "name"),
-    [*(("ddp", name) for name in RUNS), *(("fsdp2", name) for name in SHARDED)],
-    indirect=["one_and_two"],
+    ("strategy", "name"), [*(("ddp", name) for name in RUNS), *(("fsdp2", name) for name in SHARDED)]
 )
-def test_two_processes_train_as_one(name, one_and_two):
-    one, two = (torch.load(folder / name / "end.pt", weights_only=True) for folder in one_and_two)
+def test_two_processes_train_as_one(strategy, name, one_and_two):
+    folders = one_and_two(strategy)
+    one, two = (torch.load(folder / name / "end.pt", weights_only=True) for folder in folders)
     updates = ROLLOUTS * (4 if "two updates" in name else 1)
     assert len(one["gradients"]) == len(two["gradients"]) == updates
     single = name == "single precision"
@@ -308,7 +314,7 @@ def test_two_processes_train_as_one(name, one_and_two):
     for weight, expected in zip(two["weights"].values(), one["weights"].values(), strict=True):
         assert torch.allclose(weight, expected, rtol=0, atol=1e-4 if single else 1e-10)
 
-    rows = [metrics_rows(folder / name) for folder in one_and_two]
+    rows = [metrics_rows(folder / name) for folder in folders]
     assert len(rows[0]) == len(rows[1]) == ROLLOUTS + 2
     for first, second in zip(*rows, strict=True):
         assert second.keys() == first.keys()
@@ -317,16 +323,17 @@ def test_two_processes_train_as_one(name, one_and_two):
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("one_and_two", ["ddp", "fsdp2"], indirect=True)
-def test_rows_of_no_use_are_not_run_on_any_rank(one_and_two):
-    one, two = (json.loads((folder / "nothing for rank 1" / "rows.json").read_text()) for folder in one_and_two)
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_rows_of_no_use_are_not_run_on_any_rank(strategy, one_and_two):
+    folders = one_and_two(strategy)
+    one, two = (json.loads((folder / "nothing for rank 1" / "rows.json").read_text()) for folder in folders)
     assert one == two  # rank 0 ran all the rows there were to run
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("one_and_two", ["ddp", "fsdp2"], indirect=True)
-def test_two_processes_resume_bit_for_bit(one_and_two):
-    folder = one_and_two[1]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_resume_bit_for_bit(strategy, one_and_two):
+    folder = one_and_two(strategy)[1]
     expected = torch.load(folder / "ragged" / "end.pt", weights_only=True)["weights"]
     resumed = torch.load(folder / "resumed" / "end.pt", weights_only=True)
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)

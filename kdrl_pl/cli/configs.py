@@ -73,11 +73,19 @@ def merge(below: Any, above: Any) -> Any:
     """
     if not isinstance(below, dict) or not isinstance(above, dict):
         return above
-    if "class_path" in above and above["class_path"] != below.get("class_path"):
+    if "class_path" in above and not _are_one_class(above["class_path"], below.get("class_path")):
         return above
     if "class_path" in below and "class_path" not in above and "init_args" not in above:
         return {**below, "init_args": merge(below.get("init_args") or {}, above)}
     return {**below, **{key: merge(below[key], value) if key in below else value for key, value in above.items()}}
+
+
+def _are_one_class(path: Any, other: Any) -> bool:
+    """Whether two class paths name one class: a saved config has `kdrl_pl.NAME` for those that the package exports."""
+    if not isinstance(path, str) or not isinstance(other, str):
+        return path == other
+    ours = path.startswith("kdrl_pl.") and other.startswith("kdrl_pl.")
+    return path == other or (ours and path.rpartition(".")[2] == other.rpartition(".")[2])
 
 
 def _read(file: str) -> dict[str, Any]:

@@ -27,6 +27,16 @@ def test_arguments_of_the_same_class_merge_and_another_class_brings_its_own():
     assert merge(linear, other) == other
 
 
+def test_a_class_of_ours_is_the_same_under_its_short_path():
+    """A run's config.yaml names what `kdrl_pl` exports by that path; an overlay by where it lives."""
+    saved = {"class_path": "kdrl_pl.InProcessEngine", "init_args": {"max_rows": 64, "dtype": None}}
+    overlay = {"class_path": "kdrl_pl.rollout.in_process.InProcessEngine", "init_args": {"max_rows": 8}}
+    assert merge(saved, overlay)["init_args"] == {"max_rows": 8, "dtype": None}
+    theirs = {"class_path": "bitsandbytes.optim.AdamW", "init_args": {"lr": 1}}
+    mine = {"class_path": "torch.optim.AdamW", "init_args": {"eps": 1}}
+    assert merge(theirs, mine) == mine
+
+
 def test_the_merged_file_comes_first_so_that_the_command_line_wins(tmp_path):
     (tmp_path / "a.yaml").write_text("model: {x: 1, y: 1}\n")
     (tmp_path / "b.yaml").write_text("model: {y: 2}\n")

@@ -175,20 +175,24 @@ def processes_below(pid):
     return found
 
 
+def wait_until_gone(server):
+    until = time.monotonic() + 10
+    while left := processes_below(server.process.pid):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
 def test_a_server_that_is_killed_leaves_nothing_behind_and_one_that_is_stopped_ends_quietly(model):
     first = ServedTeacher(model).wait()
     assert len(processes_below(first.process.pid)) > 2
     first.kill()
-    until = time.monotonic() + 10
-    while left := processes_below(first.process.pid):
-        assert time.monotonic() < until, left
-        time.sleep(0.1)
+    wait_until_gone(first)
     second = ServedTeacher(model, port=first.port).wait()  # the port is free again
     output = second.stop()
     assert second.process.returncode in (0, 130)
     assert output.startswith(f"teacher {FrozenTeacher(model).fingerprint()} ({model}) at {second.url}")
     assert "Traceback" not in output
-    assert not processes_below(second.process.pid)
+    wait_until_gone(second)
 
 
 @pytest.mark.parametrize(

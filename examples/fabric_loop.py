@@ -39,7 +39,12 @@ def train(
     module = KDRLModule(
         STUDENT,
         FrozenTeacher(TEACHER),
-        distillation=Distillation(estimator="full", mask="response", coef=Linear(start=0.3, slope=0.0025, floor=0.0)),
+        distillation=Distillation(
+            estimator="full",
+            mask="response",
+            rows_without_signal=0.125,
+            coef=Linear(start=0.3, slope=0.0025, floor=0.0),
+        ),
         normaliser="token",
     )
     module.load(fabric.device)

@@ -271,7 +271,7 @@ def resume_one(student: str, teacher: str, folder: Path, **trainer) -> None:
 
 @pytest.fixture(scope="module")
 def one_and_two(one, tiny_models, tmp_path_factory):
-    """Of a strategy: folders of the same runs on one process and on two, which do them all when they are first asked."""
+    """Of a strategy: folders of the same runs on one process and on two, which do them all when first asked."""
     made = {}
 
     def folders(strategy):

@@ -145,12 +145,8 @@ def main() -> int:
             report["soak"] = json.loads(figures.read_text()) if status == 0 else None
     report["promises"] = {promise: report["promises"][promise] for promise in PROMISES if promise in report["promises"]}
     file.write_text(json.dumps(report, indent=1) + "\n")
-    page = re.sub(
-        r"(<!-- reliability -->\n).*?(\n<!-- end -->)",
-        lambda m: m[1] + table(report) + m[2],
-        PAGE.read_text(),
-        flags=re.S,
-    )
+    block = re.compile(r"(<!-- reliability -->\n).*?(<!-- end -->)", re.DOTALL)
+    page = block.sub(lambda match: f"{match[1]}\n{table(report)}\n\n{match[2]}", PAGE.read_text())
     PAGE.write_text(page)
     failed = {promise: found["failed"] for promise, found in report["promises"].items() if found["failed"]}
     print(json.dumps(failed, indent=1) if failed else "every promise holds" if status == 0 else "the soak failed")

@@ -135,8 +135,10 @@ def entropy_collapse(history: History) -> Said | None:
 
 def teacher_against_reward(history: History) -> Said | None:
     """K005"""
-    share = history.mean("train/sign_conflict")
+    share, distilled = history.mean("train/sign_conflict"), history.mean("teacher/kd_tokens")
     if share is None or share < 0.6:
+        return None
+    if distilled is not None and distilled < 0.95:  # a mask by the outcome disagrees with the reward by its choice
         return None
     return (
         f"on {share:.0%} of the tokens of the last {WINDOW} rollouts the teacher pulls against the reward; by chance "

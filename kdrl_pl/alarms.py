@@ -8,7 +8,7 @@ The thresholds are choices of ours; docs/troubleshooting.md says what they did t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -276,9 +276,3 @@ class Alarms:
             before = [int(row["rollout"]) for row in self._history.validations[:-1]]
             return code not in self._seen or not before or self._seen[code] < before[-1]
         return code not in self._seen or rollout - self._seen[code] > WINDOW
-
-
-def alarms_of(rows: Iterable[Mapping[str, Any]]) -> list[Alarm]:
-    """All alarms of a run, in their order; `rows` as metrics.jsonl has them."""
-    alarms = Alarms()
-    return [alarm for row in rows for alarm in alarms.observe(row)]

@@ -6,8 +6,10 @@ A checkpoint holds no experience: one asked for in the middle of a rollout is th
 from __future__ import annotations
 
 import logging
+import math
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -126,16 +128,28 @@ class Checkpoints(Callback):
             self._save(trainer, pl_module, "last")
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        """Save the best.
+
+        Raises:
+            ValueError: the validation, that before training for one, does not have the metric.
+        """
+        if trainer.state.fn != "fit":
+            return
+        value = float(self._monitored(trainer.callback_metrics))
+        if trainer.sanity_checking:
             return
         self._validated, self._validation_is_due = pl_module.iterations_done, False
-        value = trainer.callback_metrics.get(self.monitor)
-        if value is None:
-            return
-        value = float(value)
+        if math.isnan(value):
+            return  # nothing would ever be better
         if self.best is None or (value > self.best if self.mode == "max" else value < self.best):
             self.best = value
             self._save(trainer, pl_module, "best")
+
+    def _monitored(self, metrics: Mapping[str, Any]) -> Any:
+        if self.monitor not in metrics:
+            found = ", ".join(sorted(name for name in metrics if name.startswith("val/")))
+            raise ValueError(f"checkpoint.monitor is {self.monitor!r}, which no validation has; it has {found}")
+        return metrics[self.monitor]
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._save(trainer, pl_module, "last")
@@ -228,7 +242,7 @@ def find_checkpoint(run: str | Path, kind: str = "last") -> Path:
 
 def run_of(path: Path) -> Path:
     """The run folder of a path that is one, or a checkpoint of one."""
-    return path.parent.parent if path.is_file() or shards.is_sharded(path) else path
+    return path.absolute().parent.parent if path.is_file() or shards.is_sharded(path) else path
 
 
 def has_checkpoints(run: Path) -> bool:

@@ -42,7 +42,7 @@ def export_checkpoint(
     weights = {name.removeprefix(PREFIX): whole(value) for name, value in state.items() if name.startswith(PREFIX)}
     if not weights:
         raise ValueError(f"{checkpoint} holds no student; expected a checkpoint of kdrl fit or kdrl sft")
-    adapter = content.get("kdrl", {}).get("adapter")
+    adapter = content.get("kdrl", content).get("adapter")  # kdrl sft has no "kdrl"
     if adapter is not None:
         adapted = load_adapted(student_path, adapter, weights)
         if adapter_only:

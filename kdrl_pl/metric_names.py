@@ -75,7 +75,9 @@ METRICS: dict[str, str] = {
     "val/<set>/maj_at_k": "problems whose most frequent answer is correct; absent without extracted answers [share]",
     "val/<set>/length": "length of a response, mean over responses [tokens]",
     "val/<set>/truncated": "responses that ran out of budget before an end token [share]",
-    "val/<set>/kl_teacher": "KL(student ‖ teacher), mean over response tokens; absent without a teacher [nats]",
+    "val/<set>/kl_teacher": "KL(student ‖ teacher), mean over response tokens, at their sampler's temperature; under "
+    "top_p, top_k, min_p or temperature 0 it is the mean log-ratio of what was sampled, and no KL; absent without a "
+    "teacher [nats]",
     "val/<set>/accuracy_per_1k_tokens": "correct responses per 1,000 response tokens [1/1k tokens]",
     "time/rollout": "sampling the responses [s]",
     "time/reward": "judging them [s]",
@@ -84,7 +86,8 @@ METRICS: dict[str, str] = {
     "time/update": "all updates of the rollout: forward, backward, optimizer [s]",
     "time/step": "one iteration from end to end, what is not listed above included [s]",
     "perf/rollout_tokens_per_s": "response tokens sampled per second of `time/rollout`, per rank [tokens/s]",
-    "perf/teacher_tokens_per_s": "tokens the teacher read per second of `time/teacher`, per rank [tokens/s]",
+    "perf/teacher_tokens_per_s": "tokens of the rows the teacher was asked about, prompts once per row and rows that a "
+    "cache knew included, per second of `time/teacher`, per rank [tokens/s]",
     "perf/update_tokens_per_s": "tokens trained on per second of `time/update`, per rank [tokens/s]",
     "perf/tokens": "response tokens sampled since the run began, all ranks together [tokens]",
 }

@@ -36,19 +36,20 @@ from kdrl_pl.losses import (
 from kdrl_pl.losses.base import Sums, Term, inside
 from kdrl_pl.losses.whole_update import prepare
 from kdrl_pl.metrics import MetricSums
+from kdrl_pl.models.adapter_files import keep_trained
 from kdrl_pl.models.adapters import Lora
 from kdrl_pl.models.language_model import LanguageModel
 from kdrl_pl.models.loading import load_tokenizer, stop_ids
 from kdrl_pl.models.reference import Reference
-from kdrl_pl.optim import default_optimizer, make_optimizer, set_learning_rate
+from kdrl_pl.optim import default_optimizer, keep_settings, make_optimizer, set_learning_rate
 from kdrl_pl.parallel import all_reduce_sum, check_strategy, give_way, world_size
 from kdrl_pl.passes import logprobs_of, pass_rows, shared_prompts
 from kdrl_pl.sampler_check import SamplerCheck
-from kdrl_pl.saved_state import base_of, check_adapter, keep_trained, restore, state_of
+from kdrl_pl.saved_state import base_of, check_adapter, restore, state_of
 from kdrl_pl.schedules import Schedule, as_schedule
 from kdrl_pl.scoring import ask, ask_ahead, fill_in
 from kdrl_pl.sequences import update_rows
-from kdrl_pl.soundness import refuse_unsound
+from kdrl_pl.soundness import named_terms, refuse_unsound
 from kdrl_pl.stop_cell import stop_cell
 from kdrl_pl.teacher import BaseTeacher, FrozenTeacher
 from kdrl_pl.updates import run_update
@@ -128,8 +129,7 @@ class KDRLModule(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        slots: dict[str, Term | None] = {"pg": policy_gradient, "kd": distillation, **(terms or {})}
-        self.objective = Objective({name: term for name, term in slots.items() if term is not None}, importance_cap)
+        self.objective = Objective(named_terms(policy_gradient, distillation, terms), importance_cap)
         self.distillation, self.reward_shaping, self.teacher = distillation, reward_shaping, teacher
         refuse_unsound(
             self.objective,
@@ -200,13 +200,9 @@ class KDRLModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Lightning's hook: load teacher and reference onto this rank's device, if anything needs them."""
         if self._trainer is not None:
-            check_strategy(type(self.trainer.strategy).__name__)
-            if self.adapter is not None and "FSDP2" in type(self.trainer.strategy).__name__:
-                raise ValueError(
-                    "model.adapter and trainer.strategy fsdp2 have not been tried together; use ddp: an adapter has "
-                    "little to cut, and its base can be small (model.adapter.quantization: 4bit, model.dtype: bfloat16)"
-                )
-        if self.needs_teacher if stage == "fit" else self.teacher is not None and self.evaluate_kl:
+            check_strategy(type(self.trainer.strategy).__name__, self.adapter is not None)
+        measures = self.teacher is not None and self.evaluate_kl and stage != "predict"
+        if self.needs_teacher if stage == "fit" else measures:
             self.teacher.load(self.device, load_tokenizer(self.student_path))
         if stage == "fit" and self.reference is not None and self.adapter is None:
             self.reference.load(self.device)
@@ -348,6 +344,10 @@ class KDRLModule(LightningModule):
 
     # ---- training ----------------------------------------------------------------------------------------------
 
+    def on_train_start(self) -> None:
+        """The optimizer's state may be that of a checkpoint; its settings are those of this run."""
+        keep_settings(self.optimizers())
+
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """All updates of one rollout."""
         started, experience, rollout = time.perf_counter(), batch.experience, batch.rollout
@@ -447,14 +447,15 @@ class KDRLModule(LightningModule):
                 "on_train_batch_end or later"
             )
         checkpoint["kdrl"] = state_of(self)
-        keep_trained(self, checkpoint)
+        if self.adapter is not None:
+            keep_trained(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on where the checkpoint stands.
 
         Raises:
             ValueError: it was trained with another tokenizer or under another teacher, and `resume_anyway` is not set;
-                or it holds an adapter where there is none, or another one, or the reverse.
+                or it holds an adapter where there is none, or another one, or the reverse; or kdrl sft wrote it.
         """
         check_adapter(self, checkpoint)
         restore(self, checkpoint["kdrl"])

@@ -17,18 +17,35 @@ def default_optimizer(params: Any) -> torch.optim.Optimizer:
 
 
 def make_optimizer(make: Callable[[Any], torch.optim.Optimizer], model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer of the trainable weights; each group remembers the rate that the schedule multiplies.
+    """The optimizer of the trainable weights; a group remembers its settings and the rate that the schedule multiplies.
 
     Raises:
         ValueError: the optimizer refuses its settings.
     """
     try:
-        optimizer = make([parameter for parameter in model.parameters() if parameter.requires_grad])
+        optimizer: Any = make([parameter for parameter in model.parameters() if parameter.requires_grad])
     except (ValueError, TypeError) as error:
         raise ValueError(f"model.optimizer does not take its settings: {error}") from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
+        group["settings"] = {name: value for name, value in group.items() if name != "params"}
+    optimizer.settings = [group["settings"] for group in optimizer.param_groups]
     return optimizer
+
+
+def keep_settings(optimizer: Any) -> None:
+    """Once a checkpoint is loaded: where this run has another setting than the one that saved it, this run's holds.
+
+    torch takes a group's settings from the checkpoint too, so that resuming with a lower learning rate would change
+    nothing. What an optimizer itself keeps among them is set alike in both runs, and stays.
+
+    Args:
+        optimizer: from `make_optimizer`.
+    """
+    for group, settings in zip(optimizer.param_groups, optimizer.settings, strict=True):
+        saved = group.get("settings", {})
+        group.update({name: value for name, value in settings.items() if name not in saved or saved[name] != value})
+        group["settings"] = settings
 
 
 def set_learning_rate(optimizer: Any, schedule: Schedule, iteration: int) -> None:

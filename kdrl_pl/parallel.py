@@ -26,15 +26,21 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def check_strategy(name: str) -> None:
+def check_strategy(name: str, has_adapter: bool = False) -> None:
     """Refuse ways of training that this library does not know to be right.
 
     Args:
         name: of a Lightning strategy, or of its class.
+        has_adapter: the student is trained by an adapter (LoRA).
 
     Raises:
-        ValueError: it is none of one device, DDP and our FSDP2.
+        ValueError: it is none of one device, DDP and our FSDP2, or FSDP2 with an adapter.
     """
+    if has_adapter and "fsdp2" in name.lower():
+        raise ValueError(
+            "model.adapter and trainer.strategy fsdp2 have not been tried together; use ddp: an adapter has little to "
+            "cut, and its base can be small (model.adapter.quantization: 4bit, model.dtype: bfloat16)"
+        )
     if name in ("auto", "SingleDeviceStrategy", "fsdp2", "FSDP2Strategy") or name.lower().startswith("ddp"):
         return
     reason = "it has not been tried with rollouts in the training process"

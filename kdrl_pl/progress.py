@@ -86,7 +86,7 @@ class Progress(Callback):
             self._view.show(batch.rollout, shown(batch))
 
     def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
-        self._state.doing = _validation(trainer, pl_module)
+        self._state.evaluate(_validation(trainer, pl_module))
         self._begin()
 
     def on_validation_batch_start(
@@ -95,7 +95,7 @@ class Progress(Callback):
         self._state.doing = f"{_validation(trainer, pl_module)}: {batch.dataset}, batch {batch_idx + 1}"
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self._state.doing = ""
+        self._state.evaluate("")
         if not self._is_quiet:
             table = format_table(None, pl_module.evaluation.results)
             print(printable(f"\n{_validation(trainer, pl_module)}\n{table}\n"), flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kdrl_pl.identity import check_same
-from kdrl_pl.models.adapter_files import name_of_base
+from kdrl_pl.models.adapter_files import adapter_state, name_of_base
 from kdrl_pl.models.adapters import adapter_weights
 from kdrl_pl.models.loading import tokenizer_fingerprint
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def state_of(module: KDRLModule) -> dict[str, Any]:
     """Plain numbers, strings and tensors: checkpoints load with `weights_only=True`."""
+    adapter = module.adapter
     return {
         "rollouts_done": module.rollouts_done,
         "skipped_steps": module.skipped_steps,
@@ -24,13 +25,8 @@ def state_of(module: KDRLModule) -> dict[str, Any]:
         "reference": None if module.reference is None else module.reference.state_dict(),
         "teacher": module.teacher.fingerprint() if module.needs_teacher else None,
         "tokenizer": tokenizer_fingerprint(module.student_path),
-        "adapter": None if module.adapter is None else _adapter_of(module),
+        "adapter": adapter and adapter_state(adapter, module.student_path, module.dtype_name),
     }
-
-
-def _adapter_of(module: KDRLModule) -> dict[str, Any]:
-    """With what an adapter's weights make a model."""
-    return {**module.adapter.settings(), "dtype": module.dtype_name, "base": base_of(module)}
 
 
 def base_of(module: KDRLModule) -> str:
@@ -38,20 +34,18 @@ def base_of(module: KDRLModule) -> str:
     return name_of_base(module.adapter, module.student_path, module.dtype_name)
 
 
-def keep_trained(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
-    """Leave the weights of a frozen base out of a checkpoint."""
-    if module.adapter is not None:
-        trained = adapter_weights(module)
-        checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
-
-
 def check_adapter(module: KDRLModule, checkpoint: dict[str, Any]) -> None:
     """Refuse weights that are not those of this run's adapter on its base; without it they would be put on any.
 
     Raises:
-        ValueError: what differs.
+        ValueError: what differs; or it is no checkpoint of this module.
     """
-    state, ours = checkpoint.get("kdrl", {}).get("adapter"), module.adapter  # kdrl sft writes no "kdrl"
+    if "kdrl" not in checkpoint:
+        raise ValueError(
+            "the checkpoint was not written by kdrl fit; one of kdrl sft becomes a student by kdrl export RUN: set "
+            "model.student to the folder that it writes"
+        )
+    state, ours = checkpoint["kdrl"]["adapter"], module.adapter
     if (state is None) != (ours is None):
         has, lacks = ("the whole student", "is set") if state is None else ("an adapter only", "is null")
         raise ValueError(f"the checkpoint holds {has}, and model.adapter {lacks}; set model.adapter as the run had it")

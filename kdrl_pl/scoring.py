@@ -40,8 +40,13 @@ def fill_in(module: KDRLModule, experience: Experience, rollout: int, metrics: M
     updates = update_rows(experience.group, module.groups_per_update, world_size())
     if module.reward_shaping is not None or module.epochs_per_rollout * len(updates) > 1:
         experience.old_logprobs = module.student_logprobs(experience)
+    asking = 0.0
     if experience.advantages is None:
-        experience.advantages = _advantages(module, experience, rollout)
+        rewards = experience.rewards
+        if module.reward_shaping is not None:
+            asking, is_asked = _ask(module, experience, experience.response_mask, rollout, metrics), True
+            rewards = _shaped_rewards(module, experience, rollout)
+        experience.advantages = _advantages(module, experience, rewards)
     distillation, drop = _active_distillation(module, rollout), module.drop_groups_without_signal
     experience_weights(experience, updates, module.normaliser, distillation, all_reduce_sum, drop)
     if module.reference_kl is not None and module.reference_kl.coef.value(rollout) != 0.0:
@@ -51,13 +56,13 @@ def fill_in(module: KDRLModule, experience: Experience, rollout: int, metrics: M
     if not is_asked:
         _ask(module, experience, _teacher_mask(module, experience, rollout), rollout, metrics)
     if metrics is not None:
-        metrics["time/score"] = (scored - started, 1)
+        metrics["time/score"] = (scored - started - asking, 1)
         distilled = float((experience.kd_weights != 0).sum())
         metrics["teacher/kd_tokens"] = (distilled, float(experience.response_mask.sum()))
 
 
-def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int, metrics: Metrics | None) -> None:
-    """The teacher's log-probs where `asked`, (B, T) bool, and zeros elsewhere."""
+def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int, metrics: Metrics | None) -> float:
+    """The teacher's log-probs where `asked`, (B, T) bool, and zeros elsewhere; returns the seconds that it took."""
     phases.begin("teacher")
     started = time.perf_counter()
     experience.teacher_mask = asked
@@ -68,15 +73,16 @@ def _ask(module: KDRLModule, experience: Experience, asked: Tensor, rollout: int
     else:
         experience.teacher_logprobs = torch.zeros(asked.shape, device=asked.device)
     give_way(experience.device)
+    total, tokens = float(experience.teacher_logprobs.sum()), float(asked.sum())  # waits for a GPU
+    seconds = time.perf_counter() - started
     if metrics is not None:
-        total, tokens = float(experience.teacher_logprobs.sum()), float(asked.sum())  # waits for a GPU
-        seconds = time.perf_counter() - started
         metrics["time/teacher"], metrics["teacher/logprob"] = (seconds, 1), (total, tokens)
         if tokens:
             read = float(experience.attention_mask[asked.any(1)].sum())
             metrics["perf/teacher_tokens_per_s"] = (read, seconds)
         if is_asked:
             metrics.update(module.teacher.score_metrics)
+    return seconds
 
 
 def ask(module: KDRLModule, experience: Experience, asked: Tensor, hidden: bool = False) -> None:
@@ -110,28 +116,20 @@ def _teacher_mask(module: KDRLModule, experience: Experience, rollout: int) -> T
     return asked if module.distillation is None else asked & module.distillation.rows(experience)[:, None]
 
 
-def _advantages(module: KDRLModule, experience: Experience, rollout: int) -> Tensor:
+def _advantages(module: KDRLModule, experience: Experience, rewards: Tensor) -> Tensor:
     """(B,) float32; zero in pure distillation, which looks at no reward and may have groups of one."""
     masked = module.distillation is not None and module.distillation.mask == "negative_advantage"
     if not masked and not any(term.needs_advantages for term in module.objective.terms.values()):
-        return torch.zeros_like(experience.rewards)
-    rewards = _shaped_rewards(module, experience, rollout)
+        return torch.zeros_like(rewards)
     counted = ~experience.truncated if module.overlong_filter else None
     return group_advantages(rewards, experience.group, module.advantage_scale, module.advantage_eps, counted)
 
 
 def _shaped_rewards(module: KDRLModule, experience: Experience, rollout: int) -> Tensor:
-    if module.reward_shaping is None:
-        return experience.rewards
-    experience.stop_cell, ours = module.stop_cell, experience.old_logprobs
+    """(B,) float32 with the teacher's part, once it has been asked about every response token."""
+    ours = experience.old_logprobs
     if experience.stop_cell:
         ours = module.student_logprobs(experience, of_cells=True)
-    ask(module, experience, experience.response_mask)
-    give_way(experience.device)
     return module.reward_shaping(
-        experience.rewards,
-        ours,
-        experience.teacher_logprobs,
-        experience.response_mask,
-        rollout,
+        experience.rewards, ours, experience.teacher_logprobs, experience.response_mask, rollout
     )

@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from kdrl_pl.advantages import SCALES
 from kdrl_pl.losses import Distillation, Objective, PolicyGradient, ReferenceKL, RewardShaping
+from kdrl_pl.losses.base import Term
 from kdrl_pl.losses.weights import NORMALISERS
 from kdrl_pl.losses.whole_update import WholeUpdate
 from kdrl_pl.models.adapters import Lora
 from kdrl_pl.teacher import BaseTeacher, FrozenTeacher
+
+TAKEN = ("pg", "kd", "reward_shaping", "lr")  # names of the schedules that every run may have
+
+
+def named_terms(
+    policy_gradient: PolicyGradient | None, distillation: Distillation | None, terms: Mapping[str, Term | None] | None
+) -> dict[str, Term]:
+    """The terms of the objective by their names in the log; a null, which an overlay may set, takes one away.
+
+    Raises:
+        ValueError: a further term has a name that is taken.
+    """
+    taken = [name for name in terms or {} if name in TAKEN]
+    _refuse(bool(taken), f"model.terms names a term {taken and taken[0]!r}, as a part of its own is; rename it")
+    slots = {"pg": policy_gradient, "kd": distillation, **(terms or {})}
+    return {name: term for name, term in slots.items() if term is not None}
 
 
 def refuse_unsound(

@@ -37,6 +37,7 @@ def mean_over_sets(results: Mapping[str, Mapping[str, float]], name: str = "avg_
     return math.fsum(values) / len(values) if values else None
 
 
+_WIDTH = 80  # columns of the table
 # column of the table -> (metric, how it is written); that of pass@k is the `pass_at_<k>` with the largest k
 _SHARE: Callable[[float], str] = "{:.1%}".format
 _TABLE: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -50,18 +51,16 @@ _TABLE: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def format_table(
-    before: Mapping[str, Mapping[str, float]] | None, after: Mapping[str, Mapping[str, float]], width: int = 80
-) -> str:
+def format_table(before: Mapping[str, Mapping[str, float]] | None, after: Mapping[str, Mapping[str, float]]) -> str:
     """Validation results as plain text: one line per set, two with `before`, the mean of avg@k over several sets.
 
     Args:
         before: set -> what `EvaluationMetrics.compute` gave before training; None for one line per set.
         after: the same now.
-        width: columns; long names of sets are cut to fit.
 
     Returns:
-        The lines, without a newline at the end. pass@k is that of the largest k; `-` means not measured.
+        The lines, without a newline at the end; long names of sets are cut to fit into 80 columns. pass@k is that of
+        the largest k; `-` means not measured.
     """
     sides = [("", after)] if before is None else [("before", before), ("after", after)]
     largest = {_largest_pass(metrics) for _, side in sides for metrics in side.values()} - {0}
@@ -74,7 +73,7 @@ def format_table(
         rows += [["mean", when, *_cells({} if mean is None else {"avg_at_k": mean}, "")] for when, mean in means]
 
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    widths[0] = max(3, min(widths[0], width - sum(w + 2 for w in widths[1:] if w)))
+    widths[0] = max(3, min(widths[0], _WIDTH - sum(w + 2 for w in widths[1:] if w)))
     lines = []
     for name, when, *cells in rows:
         name = name if len(name) <= widths[0] else name[: widths[0] - 3] + "..."

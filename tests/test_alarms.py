@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny_run import fit, make_data, make_module
 
-from kdrl_pl.alarms import RULES, WINDOW, Alarms, alarms_of
+from kdrl_pl.alarms import RULES, WINDOW, Alarm, Alarms
 from kdrl_pl.metric_names import is_known
 
 ROOT = Path(__file__).parents[1]
@@ -24,6 +24,11 @@ def rollouts(*parts: tuple[int, dict], **always) -> list[dict]:
 
 def validations(*scores: float) -> list[dict]:
     return [{"rollout": 10 * n, "validation": n, "val/avg_at_k": score} for n, score in enumerate(scores)]
+
+
+def alarms_of(rows: list[dict]) -> list[Alarm]:
+    alarms = Alarms()
+    return [alarm for row in rows for alarm in alarms.observe(row)]
 
 
 def raised(rows: list[dict]) -> list[tuple[int, str]]:
@@ -110,6 +115,12 @@ def test_each_alarm_is_raised_and_just_not(code: str) -> None:
     loud, rollout, quiet = CASES[code]
     assert raised(loud) == [(rollout, code)]
     assert raised(quiet) == []
+
+
+def test_a_reward_that_fails_is_an_alarm_where_every_answer_is_read() -> None:
+    (alarm,) = alarms_of(rollouts((10, {"reward/unparsable": 0.0, "reward/errors": 0.05})))
+    assert (alarm.code, alarm.message) == ("K010", "the reward failed on 5% of the responses of the last 10 rollouts")
+    assert raised(rollouts((10, {"reward/unparsable": 0.0, "reward/errors": 0.049}))) == []
 
 
 def test_where_reinforcement_learning_is_off_it_needs_no_signal() -> None:

@@ -1,6 +1,7 @@
 """Checkpoints are whole or absent whenever the process dies, damaged ones are passed over, and none runs code."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ from tiny_run import fit, make_data, make_module, metrics_rows
 
 from kdrl_pl.checkpoint import AtomicCheckpointIO, Checkpoints, find_checkpoint
 from kdrl_pl.export import export_checkpoint
+from kdrl_pl.module import KDRLModule
 
 
 def content(number):
@@ -79,7 +81,7 @@ def test_a_kill_at_any_moment_leaves_whole_checkpoints(tmp_path, record_property
 
 @pytest.mark.faults
 @pytest.mark.parametrize("overwritten", [False, True])
-def test_a_kill_between_any_two_steps_of_a_save(overwritten, tmp_path, monkeypatch):
+def test_a_kill_between_any_two_steps_of_a_save(overwritten, tmp_path):
     """Exhaustive: the process dies right before the n-th call that makes something durable."""
     folder = tmp_path / "checkpoints"
     for fatal in range(1, 20):
@@ -206,6 +208,29 @@ def test_the_best_can_be_the_smallest(tiny_models, tmp_path):
     fit(tmp_path, make_module(*tiny_models), max_rollouts=4, val_check_interval=1, checkpoints=keeper)
     kl = [row["val/val/kl_teacher"] for row in metrics_rows(tmp_path) if "validation" in row]
     assert keeper.best == pytest.approx(min(kl))
+
+
+def test_a_metric_that_no_validation_has_stops_the_run_before_it_trains(tiny_models, tmp_path):
+    # Red: a misspelt name: the run ends without a best checkpoint, and nothing was said.
+    module, keeper = make_module(*tiny_models), Checkpoints(monitor="val/accuracy")
+    message = r"checkpoint.monitor is 'val/accuracy', which no validation has; it has val/avg_at_k, val/val/acc"
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, module, max_rollouts=2, checkpoints=keeper)
+    assert module.rollouts_done == 0
+
+
+class NaNAtFirst(KDRLModule):
+    def on_validation_epoch_end(self):
+        super().on_validation_epoch_end()
+        self.log("val/odd", float(self.rollouts_done) if self.rollouts_done > 1 else math.nan, batch_size=1)
+
+
+def test_no_number_is_never_the_best(tiny_models, tmp_path):
+    # Red: a first NaN, than which nothing is larger.
+    keeper = Checkpoints(monitor="val/odd")
+    fit(tmp_path, make_module(*tiny_models, NaNAtFirst), max_rollouts=3, val_check_interval=1, checkpoints=keeper)
+    assert keeper.best == 3
+    assert find_checkpoint(tmp_path, "best").name == "best-000003.ckpt"
 
 
 @pytest.mark.parametrize(

@@ -188,9 +188,7 @@ def test_settings_that_a_page_names_are_there(page):
     known = settings_of((ROOT / "docs/reference.md").read_text())
     assert {"model.distillation.coef", "rollout.engine.max_rows", "data.template.few_shot"} <= known
     text = BLOCK.sub("", page.read_text())
-    for name in re.findall(
-        r"`(?:--)?((?:model|data|rollout|run|checkpoint|view)\.[a-z_.0-9]*[a-z0-9])\b[^`\n/]*`", text
-    ):
+    for name in SETTING.findall(text):
         plain = re.sub(r"\.(init_args|class_path)\b", "", name)
         in_a_set = re.sub(r"^data\.(train|val|test|predict)\.\w+", "data.train.NAME", plain)
         assert plain in known or in_a_set in known or in_a_set == "data.train.NAME", name
@@ -228,8 +226,7 @@ def test_links_of_a_page_lead_somewhere(page):
 def test_figures_of_the_advice_are_those_of_the_evidence():
     figures = re.findall(r"(\d+\.\d)(?=,| and|,? %| points)", (ROOT / "docs/choosing.md").read_text())
     assert len(figures) > 20
-    evidence = (ROOT / "docs/evidence.md").read_text()
-    assert not [figure for figure in figures if figure not in evidence]
+    assert set(figures) <= set(re.findall(r"\d+\.\d+", (ROOT / "docs/evidence.md").read_text()))
 
 
 def test_every_page_is_in_the_navigation_once():
@@ -245,7 +242,6 @@ def test_every_page_is_in_the_navigation_once():
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs", reason="pip install 'kdrl_pl[docs]'")
     build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
     subprocess.run(build, cwd=ROOT, check=True)
     page = (tmp_path / "site/tutorial.html").read_text()

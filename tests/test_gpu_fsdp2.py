@@ -1,11 +1,13 @@
-"""FSDP2 on one GPU: NCCL with one rank, host memory, mixed precision, checkpoints. `pytest -m gpu tests`.
+"""FSDP2 on one GPU: NCCL with one rank, host memory, mixed precision, checkpoints; and on two. `pytest -m gpu tests`.
 
-What needs several GPUs is named in docs/distributed.md; over several processes on a CPU: tests/test_fsdp2.py.
+Over several processes on a CPU: tests/test_fsdp2.py.
 """
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +90,21 @@ def test_the_overlay_of_the_command_line(tmp_path, monkeypatch):
     assert main(["fit", *arguments, "--trainer.devices", "1", "--trainer.logger", "false"]) == 0
     rows = [json.loads(line) for line in next(tmp_path.glob("quickstart/*/metrics.jsonl")).read_text().splitlines()]
     assert all(row["train/grad_norm"] > 0 for row in rows if "train/grad_norm" in row)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("overlays", ["trainer/ddp", "trainer/fsdp2", "trainer/fsdp2 teacher/sharded"])
+def test_two_gpus_train_as_one_does(overlays, tmp_path):
+    """NCCL between two ranks. In fp32, and few rollouts: samples part where rounding decides about a token."""
+
+    def losses_on(devices, *overlays):
+        folder = tmp_path / str(devices)
+        files = [f"--config=configs/{name}.yaml" for name in ("quickstart", *overlays)]
+        options = ["--trainer.accelerator=gpu", f"--trainer.devices={devices}", "--trainer.precision=32-true"]
+        options += [f"--run.root={folder}", "--run.max_rollouts=3", "--trainer.logger=false"]
+        command = [sys.executable, "-m", "kdrl_pl", "fit", *files, "--data.val.addition.size=16", *options]
+        ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert ran.returncode == 0, ran.stderr[-4000:]
+        return losses(next((folder / "quickstart").iterdir()))
+
+    assert losses_on(2, *overlays.split()) == pytest.approx(losses_on(1), rel=1e-2)

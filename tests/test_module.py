@@ -10,12 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
-from tiny_run import EvenSum, adamw, fit, make_data, make_module, make_rollouts, metrics_rows, weights_of
+from tiny_run import (
+    EvenSum,
+    adamw,
+    fit,
+    make_data,
+    make_module,
+    make_rollouts,
+    make_trainer,
+    metrics_rows,
+    weights_of,
+)
 
 from kdrl_pl.checkpoint import find_checkpoint
+from kdrl_pl.data.loading import SetConfig
 from kdrl_pl.errors import RunError
 from kdrl_pl.experience import Experience
-from kdrl_pl.losses import Distillation, PolicyGradient, RewardShaping
+from kdrl_pl.losses import IBRO, Distillation, PolicyGradient, RewardShaping
 from kdrl_pl.module import KDRLModule
 from kdrl_pl.rewards.base import RewardOutput
 from kdrl_pl.rollout.in_process import InProcessEngine
@@ -140,6 +151,8 @@ def test_another_teacher_makes_another_gradient(tiny_models, tmp_path):
             {"policy_gradient": None, "distillation": None},
             r"the objective has no term; switch on model.policy_gradient or model.distillation",
         ),
+        ({"terms": {"kd": IBRO(0.1)}}, r"model.terms names a term 'kd', as a part of its own is; rename it"),
+        ({"terms": {"tgpo": None, "lr": IBRO(0.1)}}, r"model.terms names a term 'lr'"),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(settings, message):
@@ -152,6 +165,16 @@ def test_constructors_load_nothing():
     assert module.student is None
     assert module.teacher.model is None
     assert not list(module.parameters())
+
+
+def test_who_only_writes_down_responses_loads_no_teacher(tiny_models, tmp_path):
+    # Red: the weights of the teacher in memory, or a run that waits for its server, though nothing asks it.
+    module, sets = make_module(*tiny_models), {"a": SetConfig(source="addition", size=2, options={"digits": 2})}
+    trainer = make_trainer(tmp_path)
+    trainer.predict(module, datamodule=make_data(predict=sets), return_predictions=False)
+    assert not module.teacher.is_loaded
+    trainer.validate(module, datamodule=make_data(), verbose=False)
+    assert module.teacher.is_loaded
 
 
 def test_old_logprobs_are_those_before_the_first_update(tiny_models):

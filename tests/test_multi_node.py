@@ -52,6 +52,27 @@ def test_torchrun_on_two_machines(tmp_path):
     assert list(run.glob("checkpoints/last-000002.sharded.ckpt/*-rank-00001-of-00002.pt"))
 
 
+def test_the_slurm_job_gives_ranks_their_cores_and_queues_itself_again(tmp_path):
+    """Slurm is not here: programs in its place write down how they were called."""
+    for name, status in (("srun", 143), ("scontrol", 0)):
+        program = tmp_path / name
+        program.write_text(f'#!/bin/sh\necho {name} "$@"\nexit {status}\n')
+        program.chmod(0o755)
+    numbers = {"NNODES": "2", "NTASKS_PER_NODE": "8", "CPUS_PER_TASK": "6", "JOB_ID": "17"}
+    job = subprocess.run(
+        ["bash", "examples/multi_node/slurm.sh", "--config", "configs/kdrl.yaml"],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **{f"SLURM_{name}": said for name, said in numbers.items()}},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert job.returncode == 143
+    started, requeued = job.stdout.splitlines()
+    assert "srun --cpus-per-task 6 --kill-on-bad-exit=1 python -m kdrl_pl fit --config configs/kdrl.yaml" in started
+    assert "--trainer.num_nodes 2 --trainer.devices 8 --resume auto" in started
+    assert requeued == "scontrol requeue 17"
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_the_examples_are_sound_shell(path):
     assert len(EXAMPLES) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kdrl_pl.__main__ import main
-from kdrl_pl.optim import make_optimizer
+from kdrl_pl.optim import keep_settings, make_optimizer
 
 
 def test_eight_bit_adamw_steps_like_adamw():
@@ -39,6 +39,35 @@ def test_only_what_has_a_gradient_is_optimised_and_settings_are_named():
     assert group["initial_lr"] == 0.5
     with pytest.raises(ValueError, match=r"model.optimizer does not take its settings: Invalid learning rate: -1"):
         make_optimizer(lambda p: torch.optim.AdamW(p, lr=-1), model)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number of its own among the settings of a group, as optimizers that find their rate themselves do."""
+
+    def __init__(self, params, lr, weight_decay=0.0):
+        super().__init__(params, lr, weight_decay=weight_decay)
+        self.param_groups[0]["steps"] = 0
+
+    def step(self):
+        super().step()
+        self.param_groups[0]["steps"] += 1
+
+
+def test_a_checkpoint_brings_the_state_and_this_run_its_settings():
+    # Red: torch's load_state_dict alone, which takes the settings too; or all put back, and with them "steps".
+    model = torch.nn.Linear(4, 2)
+    first = make_optimizer(lambda p: Counting(p, lr=0.5), model)
+    first.step()
+    first.param_groups[0]["lr"] = 0.1  # the schedule's
+    for lr, decay, expected in ((0.5, 0.0, (0.1, 0.5, 0.0, 1)), (0.25, 0.01, (0.25, 0.25, 0.01, 1))):
+        second = make_optimizer(lambda p, lr=lr, decay=decay: Counting(p, lr=lr, weight_decay=decay), model)
+        second.load_state_dict(first.state_dict())
+        keep_settings(second)
+        (group,) = second.param_groups
+        assert tuple(group[name] for name in ("lr", "initial_lr", "weight_decay", "steps")) == expected
+    keep_settings(second)
+    assert second.param_groups[0]["steps"] == 1
+    assert second.state_dict()["param_groups"][0]["settings"]["lr"] == 0.25  # what the next run is compared with
 
 
 def test_of_bitsandbytes_a_config_may_name_optimizers_alone(tmp_path, capsys):

@@ -194,6 +194,26 @@ def test_a_finished_run_does_not_train_on(tiny_models, tmp_path):
     assert difference(expected, state(folder, *resumed)) is None
 
 
+@pytest.mark.parametrize("make", [torch.optim.AdamW, adamw_8bit], ids=["torch", "bitsandbytes"])
+def test_a_run_goes_on_with_the_settings_that_it_is_given(make, tiny_models, tmp_path):
+    # Red: the optimizer's settings of the checkpoint, whatever the command line says.
+    def slower(params):
+        optimizer = make(params)
+        optimizer.param_groups[0].update(lr=1e-4, weight_decay=0.5)
+        return optimizer
+
+    run(tmp_path, tiny_models, lambda: {"optimizer": make}, max_rollouts=2)
+    before = find_checkpoint(tmp_path)
+    _, trainer = run(tmp_path, tiny_models, lambda: {"optimizer": slower}, max_rollouts=3, resume=before)
+    (group,) = trainer.optimizers[0].param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-4, 0.5)
+    first = {"AdamW": 1e-3, "adamw_8bit": 3e-3}[make.__name__]
+    rates = [row["train/lr"] for row in metrics_rows(tmp_path) if "validation" not in row]
+    assert rates == pytest.approx([first, first, 1e-4])
+    steps = [int(state["step"]) for state in trainer.optimizers[0].state.values()]
+    assert set(steps) == {3}  # the moments are the saved ones
+
+
 def test_seconds_of_both_parts_are_counted_once(tiny_models, tmp_path):
     folder = tmp_path / "run"
     started = time.perf_counter()
@@ -303,6 +323,17 @@ def test_resume_auto_takes_the_newest_run_that_has_a_checkpoint(tmp_path):
         assert resolved(word, tmp_path) == (newest, newest / "checkpoints" / "last-000003.ckpt")
     assert resolved("never", tmp_path)[1] is None
     assert resolved(str(tmp_path / "r" / "2026-01-01"), tmp_path)[0] == tmp_path / "r" / "2026-01-01"
+
+
+def test_a_checkpoint_that_lies_elsewhere_makes_no_run_folder_of_that_place(tmp_path, monkeypatch):
+    # Red: the folder above that of the file taken for the run's: its config.yaml and rollouts/ would be written over.
+    copy = tmp_path / "home" / "kept" / "last-000003.ckpt"
+    AtomicCheckpointIO().save_checkpoint({}, copy)
+    with pytest.raises(ValueError, match=r"last-000003.ckpt lies in no run folder; put it into checkpoints/ of its"):
+        resolved(str(copy), tmp_path)
+    copy.parent.rename(copy.parent.with_name("checkpoints"))
+    monkeypatch.chdir(copy.parent.with_name("checkpoints"))
+    assert resolved("last-000003.ckpt", tmp_path)[0] == tmp_path / "home"
 
 
 QUICK = """

@@ -3,6 +3,8 @@ weights. Tiny random models, rows made by hand."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from tiny_run import make_module
@@ -12,6 +14,7 @@ from kdrl_pl.experience import Experience
 from kdrl_pl.losses import Distillation, PolicyGradient, RewardShaping
 from kdrl_pl.losses.modulation import RLSD, TRRD, DistilledRL
 from kdrl_pl.schedules import Switch
+from kdrl_pl.teacher import FrozenTeacher
 
 # Group 0: right, wrong; group 1: both right; group 2: both wrong, but of unequal reward.
 REWARDS, CORRECT = [1.0, 0.0, 1.0, 1.0, 0.0, 0.3], [True, False, True, True, False, False]
@@ -73,6 +76,29 @@ def teacher_logprobs(module, e: Experience) -> Tensor:
         logits = module.teacher.model.model(input_ids=e.input_ids, attention_mask=e.attention_mask.long()).logits
     logprobs = logits[:, :-1].float().log_softmax(-1).gather(2, e.input_ids[:, 1:, None])[..., 0]
     return torch.nn.functional.pad(logprobs, (1, 0))
+
+
+class SlowTeacher(FrozenTeacher):
+    def score(self, experience, asked, *, hidden=False):
+        time.sleep(0.3)
+        super().score(experience, asked, hidden=hidden)
+
+
+def test_a_teacher_that_shapes_rewards_is_asked_once_in_time_of_its_own(tiny_models) -> None:
+    # Red: its seconds among the student's, and what it said thrown away.
+    settings = {"distillation": None, "reward_shaping": RewardShaping(0.1)}
+    module, e, metrics = make_module(*tiny_models, **settings), rows(), {}
+    module.teacher = SlowTeacher(tiny_models[1])
+    module.load()
+    started = time.perf_counter()
+    module.score(e, metrics=metrics)
+    whole = time.perf_counter() - started
+    assert metrics["time/teacher"][0] >= 0.3
+    assert metrics["time/score"][0] + metrics["time/teacher"][0] < whole
+    answers = torch.where(e.response_mask, teacher_logprobs(module, e), 0.0)
+    assert torch.allclose(e.teacher_logprobs, answers, atol=1e-5)
+    assert metrics["teacher/logprob"] == pytest.approx((float(answers.sum()), 17), abs=1e-3)
+    assert rows_asked(e) == [0, 1, 2, 3, 4, 5]
 
 
 def test_a_run_without_a_question_loads_no_teacher(tiny_models) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from tiny_run import adamw, fit, make_data, make_module
+from tiny_run import adamw, fit, make_data, make_module, make_trainer
 
 from kdrl_pl.checkpoint import AtomicCheckpointIO, find_checkpoint
 from kdrl_pl.cli import export as export_command
@@ -15,6 +15,7 @@ from kdrl_pl.cli.lightning import TRAINER_DEFAULTS
 from kdrl_pl.data.examples import SFTSetConfig
 from kdrl_pl.data.sft import SFTDataModule
 from kdrl_pl.export import export_checkpoint
+from kdrl_pl.models.adapters import Lora, adapter_weights
 from kdrl_pl.sft import SFTModule
 
 BATCH = {
@@ -75,6 +76,26 @@ def test_it_learns_and_validates_over_tokens(from_scratch, tiny_models, tmp_path
     assert value == pytest.approx(sum(sums) / sum(int(b["response_mask"].sum()) for b in batches), rel=1e-5)
 
 
+def test_an_adapter_is_trained_saved_alone_and_exported_on_its_base(tiny_models, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    module, trainer, _ = train(tiny_models[0], tmp_path / "run", adapter=Lora(rank=8))
+    trainer.save_checkpoint(tmp_path / "adapter.ckpt")
+    saved = torch.load(tmp_path / "adapter.ckpt", weights_only=True)["state_dict"]
+    assert saved.keys() == adapter_weights(module).keys() and all("lora" in name for name in saved)
+    export_checkpoint(tmp_path / "adapter.ckpt", tiny_models[0], tmp_path / "out")
+    with torch.no_grad():
+        ours = module.student.model.eval()(BATCH["input_ids"]).logits
+        exported, base = (
+            AutoModelForCausalLM.from_pretrained(path).eval()(BATCH["input_ids"]).logits
+            for path in (tmp_path / "out", tiny_models[0])
+        )
+    assert torch.allclose(exported, ours, rtol=0, atol=1e-4)
+    assert (exported - base).abs().max() > 0.1
+    with pytest.raises(ValueError, match=r"model\.from_scratch starts from random weights, which model\.adapter would"):
+        SFTModule(tiny_models[0], from_scratch=True, adapter=Lora())
+
+
 def test_the_command_leaves_a_checkpoint_that_exports(tiny_models, tmp_path):
     from transformers import AutoModelForCausalLM
 
@@ -100,6 +121,8 @@ run: {{name: taught, root: {tmp_path}}}
     weights = torch.load(find_checkpoint(run), weights_only=True)["state_dict"]
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     assert all(torch.equal(value, weights[f"student.model.{name}"]) for name, value in exported.items())
+    with pytest.raises(ValueError, match=r"was not written by kdrl fit; one of kdrl sft becomes a student by kdrl exp"):
+        make_trainer(tmp_path).validate(make_module(*tiny_models), make_data(), ckpt_path=find_checkpoint(run))
 
 
 # ---- exports ---------------------------------------------------------------------------------------------------------

@@ -235,7 +235,7 @@ def test_a_folder_made_by_hand_is_one(tmp_path):
         (lambda path: (path / "index.json").write_text('{"files": '), "it has no readable index.json"),
         (
             lambda path: (path / "index.json").write_text('{"number": 1, "files": {"../a.pt": "00"}}'),
-            "index",
+            "it has no readable index.json",
         ),
         (lambda path: (path / "index.json").write_text("[1]"), "it has no readable index.json"),
     ],

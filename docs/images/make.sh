@@ -1,16 +1,14 @@
 #!/usr/bin/env bash
-# Makes docs/images/report-*.png from a run of the quick start: bash docs/images/make.sh
-# It needs Chromium and the environment (. .venv/bin/activate), and takes a few minutes.
+# Makes the pictures of docs/images from a finished run of the quick start; from the root of the repository:
+#   bash docs/images/make.sh runs/quickstart/2026-01-31_12-00-00
+# It needs Chromium and the environment (. .venv/bin/activate).
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
+run=${1:?a run folder of the quick start}
 
-kdrl fit --config configs/quickstart.yaml --run.root "$folder" > "$folder/log" 2>&1
-page=$(ls -d "$folder"/quickstart/*/report.html)
-
-picture() { python tests/browser/chromium.py "$page" "docs/images/report-$1.png" "${@:2}"; }
+kdrl report "$run"
+picture() { python tests/browser/chromium.py "$run/report.html" "docs/images/report-$1.png" "${@:2}"; }
 picture light 1280 1000 light
 picture dark 1280 700 dark "#tokens"
 picture phone-light 390 844 light
 picture phone-dark 390 844 dark "#completions"
+python docs/images/terminal.py "$run"

@@ -42,7 +42,7 @@ def main() -> None:
     console.print()
     console.print(render(_state(options.run.parent.name, rows, rollout), WIDTH))
     console.print(Text("\n[…]\n", style="dim"))
-    console.print(Text(closing(options.run, ["export", "report"])))
+    console.print(Text(f"{closing(options.run)}\n"))  # without room below it the last line loses its underscores
     picture = console.export_svg(title="kdrl fit", unique_id="terminal")
     options.output.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL))  # no font from the net
 

@@ -14,7 +14,9 @@
 # Five minutes before the end, and when the job is preempted, every rank gets SIGTERM: the run saves the boundary before
 # the rollout it is in and exits with status 143. Queued again, --resume auto goes on from there.
 set -euo pipefail
-srun --kill-on-bad-exit=1 python -m kdrl_pl fit "$@" --config "${STRATEGY:-configs/trainer/fsdp2.yaml}" \
+# Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch; without it every rank would have one core.
+srun --cpus-per-task "${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=1 \
+  python -m kdrl_pl fit "$@" --config "${STRATEGY:-configs/trainer/fsdp2.yaml}" \
   --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" --resume auto && status=0 || status=$?
 if [ "$status" = 143 ]; then
   scontrol requeue "$SLURM_JOB_ID"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from kdrl_pl.__main__ import COMMANDS
 from kdrl_pl.doctor.texts import teacher_paths
 from kdrl_pl.models.loading import check_model_path, load_tokenizer
 from kdrl_pl.schedules import Schedule
@@ -17,6 +16,7 @@ if TYPE_CHECKING:
     from kdrl_pl.cli.lightning import RunCLI
     from kdrl_pl.data.datamodule import PromptDataModule
     from kdrl_pl.module import KDRLModule
+    from kdrl_pl.rewards.guard import GuardedReward
 
 _TERMS = {"pg": "reinforcement learning", "kd": "distillation"}
 _ESTIMATORS = {
@@ -61,6 +61,7 @@ def description(cli: RunCLI) -> Iterator[tuple[str, str]]:
     prompts = [prompt for sets in data.rows["train"].values() for prompt in sets]
     longest = max(len(prompt.input_ids) for prompt in prompts)
     yield "a prompt", f"{one_line(prompts[0].text, 160)!r} (the longest has {longest} tokens)"
+    yield "reward", _reward(rollouts.reward)
     rows, budget = data.prompts_per_rollout * rollouts.group_size, rollouts.sampling.max_tokens
     many = f"{total} rollouts" if total else "rollouts until trainer.max_epochs"
     yield (
@@ -73,8 +74,7 @@ def description(cli: RunCLI) -> Iterator[tuple[str, str]]:
     devices = f"{trainer.world_size} x {type(trainer.accelerator).__name__.removesuffix('Accelerator')}"
     yield "devices", f"{devices}, {type(trainer.strategy).__name__}, precision {trainer.precision}"
     yield "run folder", f"{cli.folder}{f', going on from {cli.checkpoint}' if cli.checkpoint else ' (new)'}"
-    if "estimate" in COMMANDS:
-        yield "memory", "kdrl estimate, with the same arguments, says what it needs"
+    yield "memory", "kdrl estimate, with the same arguments, says what it needs"
 
 
 def attach(cli: RunCLI) -> PromptDataModule:
@@ -120,7 +120,7 @@ def _teacher(module: KDRLModule, data: PromptDataModule) -> str:
     else:
         words.append(teacher.quantization or teacher.dtype)
     if not module.needs_teacher:
-        words.append("no term reads it, it only measures the KL in validation")
+        words.append("no term reads it, so it is not loaded")
     return ", ".join(words)
 
 
@@ -141,6 +141,14 @@ def _objective(module: KDRLModule, total: int | None) -> Iterator[tuple[str, str
     if module.reward_shaping is not None:
         yield "term", f"the teacher inside the reward, coefficient {_course(module.reward_shaping.coef, total)}"
     yield "normaliser", f"{module.normaliser}; advantages scaled by {module.advantage_scale}"
+
+
+def _reward(guarded: GuardedReward) -> str:
+    """Its name, once it is sure that it can begin: a function of the user's may be missing, or not allowed."""
+    guarded.setup()
+    guarded.close()
+    function = getattr(guarded.reward, "function", "")
+    return f"{type(guarded.reward).__name__} {function if isinstance(function, str) else ''}".rstrip()
 
 
 def _course(schedule: Schedule, total: int | None) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentError
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -162,6 +163,10 @@ class RunCLI(LightningCLI):
                 raise FileNotFoundError(f"--resume must: no run with checkpoints in {runs}")
             return fresh, None
         checkpoint = find_checkpoint(self.resume)
+        if checkpoint.absolute().parent.name != "checkpoints":  # its run is written to, and cut back
+            raise ValueError(
+                f"--resume {self.resume}: {checkpoint.name} lies in no run folder; put it into checkpoints/ of its run"
+            )
         return run_of(checkpoint), checkpoint
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -206,10 +211,17 @@ class RunCLI(LightningCLI):
             self.model.resume_anyway = self.datamodule.resume_anyway = self.resume_anyway
         if self.trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            parser = self._parser(self.subcommand)
-            parser.save(masked(self.config[self.subcommand]), self.folder / "config.yaml", overwrite=True)
+            if self.checkpoint is None:
+                self._save_config()
+            else:  # later, because a checkpoint that does not fit these settings is refused and its run stays as it was
+                trainer: Any = self.trainer
+                trainer.callbacks.append(LambdaCallback(on_fit_start=lambda *_: self._save_config()))
             doing = f"resuming {self.checkpoint}" if self.checkpoint else "training"
             print(f"{doing} in {self.folder}", flush=True)
+
+    def _save_config(self) -> None:
+        settings = masked(self.config[self.subcommand])
+        self._parser(self.subcommand).save(settings, self.folder / "config.yaml", overwrite=True)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

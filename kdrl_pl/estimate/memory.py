@@ -10,11 +10,16 @@ gradients, since they are summed over ranks once per update.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from kdrl_pl.estimate import passes, rollout
+from kdrl_pl.estimate.live_bytes import nbytes
 from kdrl_pl.estimate.models import bytes_at_rest, count, dequantised_bytes, layer_counts
 from kdrl_pl.estimate.plan import Batch, Plan
 from kdrl_pl.models.loading import DTYPES
+
+if TYPE_CHECKING:
+    from kdrl_pl.teacher import FrozenTeacher
 
 ROW_BYTES = 8 + 1 + 1 + 5 * 4 + 1  # of an Experience per token: ids, two masks, five numbers, the teacher's mask
 Parts = dict[str, int]
@@ -78,6 +83,7 @@ def _held(plan: Plan, update: passes.UpdateBytes) -> Parts:
         waits = teacher.offload and not plan.is_cpu
         own = bytes_at_rest(teacher.model, teacher.quantization)
         held["teacher"] += 0 if waits else own // (plan.ranks if teacher.sharded else 1)
+        held["teacher"] += _kept_head(plan, teacher)
     if plan.models.has_reference:
         held["reference"] = weights
     if plan.layout == "ddp":
@@ -106,8 +112,16 @@ def _teacher(plan: Plan) -> Parts:
             layer, root = layer_counts(teacher.model)
             parts["gathered weights"] = (2 * layer + root) * dtype.itemsize
         if teacher.offload and not plan.is_cpu:
-            parts["teacher's weights"] = bytes_at_rest(teacher.model, teacher.quantization)
+            kept = _kept_head(plan, teacher)
+            parts["teacher's weights"] = bytes_at_rest(teacher.model, teacher.quantization) - kept
     return parts
+
+
+def _kept_head(plan: Plan, teacher: FrozenTeacher) -> int:
+    """The whole head, which the loss reads where it reads the teacher's vocabulary: a sharded teacher gathers it once,
+    an offloaded one leaves it on the device."""
+    apart = (teacher.sharded and plan.ranks > 1) or (teacher.offload and not plan.is_cpu)
+    return nbytes([teacher.model.head().weight]) if apart and passes.keeps_hidden(plan) else 0
 
 
 def _update(plan: Plan, update: passes.UpdateBytes) -> Parts:

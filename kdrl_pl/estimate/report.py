@@ -18,10 +18,9 @@ def report(plan: Plan, rates: Rates | None = None) -> dict[str, Any]:
     """Everything that is known of a run before it runs: bytes, tokens, operations; seconds where rates are given."""
     found, phases = memory(plan), work(plan)
     module = plan.module
-    teachers = {teacher.path: count(teacher.model) for teacher in plan.models.teachers}
     return {
         "student": {"path": module.student_path, "parameters": count(plan.models.at_rest)},
-        "teachers": [{"path": path, "parameters": number} for path, number in teachers.items()],
+        "teachers": [{"path": each.path, "parameters": count(each.model)} for each in plan.models.teachers],
         "layout": plan.layout,
         "ranks": plan.ranks,
         "nodes": plan.nodes,

@@ -55,7 +55,8 @@ class Distillation(Term):
         top_k: K, words of the student that "top_k" sums over; 1 is close to k2, the whole vocabulary is "full".
         rows_without_signal: share of the rows that is distilled in groups whose rewards are all equal; their weights
             rise, so that the expected gradient stays. Such rows go through teacher and update for the distillation
-            alone: 0.25 saves most of what it costs more than GRPO, for more variance.
+            alone: 0.25 saves most of what it costs more than GRPO, for more variance. In pure distillation, which looks
+            at no reward, it is a share of the rows of every group.
     """
 
     needs_teacher = True

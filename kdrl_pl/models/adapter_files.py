@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdrl_pl.models.adapters import NAME, Lora, adapter_weights
 from kdrl_pl.models.loading import check_model_path, load_model, load_tokenizer
@@ -28,12 +28,27 @@ def name_of_base(adapter: Lora, path: str, dtype: str) -> str:
     return f"{fingerprint(check_model_path(path))}/{adapter.quantization or dtype}"
 
 
+def adapter_state(adapter: Lora, path: str, dtype: str) -> dict[str, Any]:
+    """What a checkpoint says of an adapter: all that makes a model of its weights.
+
+    Args:
+        adapter, path, dtype: as of `name_of_base`.
+    """
+    return {**adapter.settings(), "dtype": dtype, "base": name_of_base(adapter, path, dtype)}
+
+
+def keep_trained(model: nn.Module, checkpoint: dict[str, Any]) -> None:
+    """Leave the weights of a frozen base out of a checkpoint of `model`."""
+    trained = adapter_weights(model)
+    checkpoint["state_dict"] = {name: w for name, w in checkpoint["state_dict"].items() if name in trained}
+
+
 def load_adapted(path: str, saved: Mapping[str, Any], weights: Mapping[str, Tensor]) -> PreTrainedModel:
     """The model of a checkpoint that holds an adapter: its base is loaded anew, in float32 where it is not quantised.
 
     Args:
         path: folder or hub name of the base.
-        saved: what the checkpoint says of the adapter: `Lora.settings`, `dtype` and `base`.
+        saved: what the checkpoint says of the adapter, see `adapter_state`.
         weights: of the adapter, by their names in the model.
 
     Raises:

@@ -88,6 +88,7 @@ class LanguageModel(nn.Module):
         *,
         attn_implementation: str | None = None,
         quantization: dict | None = None,
+        quantize_on: torch.device | str | None = None,
         gradient_checkpointing: bool = False,
         from_scratch: bool = False,
         adapter: Lora | None = None,
@@ -95,7 +96,7 @@ class LanguageModel(nn.Module):
         """A model folder or hub name with its tokenizer's vocabulary; every dropout is off (said once).
 
         Args:
-            path, dtype, attn_implementation, quantization, from_scratch: see `loading.load_model`.
+            path, dtype, attn_implementation, quantization, quantize_on, from_scratch: see `loading.load_model`.
             gradient_checkpointing: recompute activations in the backward pass.
             adapter: trained in place of the weights; its own quantization counts.
         """
@@ -107,6 +108,7 @@ class LanguageModel(nn.Module):
             dtype,
             attn_implementation=attn_implementation,
             quantization=quantization,
+            quantize_on=quantize_on,
             from_scratch=from_scratch,
         )
         if silenced:

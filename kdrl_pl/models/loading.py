@@ -137,6 +137,7 @@ def load_model(
     *,
     attn_implementation: str | None = None,
     quantization: dict[str, Any] | None = None,
+    quantize_on: torch.device | str | None = None,
     from_scratch: bool = False,
 ) -> tuple[PreTrainedModel, list[str]]:
     """A causal language model without dropout, and the names of the settings where dropout was switched off.
@@ -146,6 +147,8 @@ def load_model(
         dtype: "float32", "bfloat16" or "float16"; the checkpoint's own dtype is never taken silently.
         attn_implementation: "sdpa", "eager", "flash_attention_2", ...; None is transformers' choice.
         quantization: arguments of transformers' `BitsAndBytesConfig`.
+        quantize_on: device of quantised weights; None is transformers' choice, the current GPU where there is one. What
+            bitsandbytes keeps beside 8-bit weights does not follow them to another device.
         from_scratch: random weights from config.json instead of stored ones.
 
     Raises:
@@ -177,11 +180,20 @@ def load_model(
         else:
             if quantization is not None:
                 arguments["quantization_config"] = BitsAndBytesConfig(**quantization)
+                if quantize_on is not None:
+                    arguments["device_map"] = {"": _place(torch.device(quantize_on))}
             model = AutoModelForCausalLM.from_pretrained(path, config=config, use_safetensors=True, **arguments)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     return model, silenced
+
+
+def _place(device: torch.device) -> str | int:
+    """A device as transformers' device maps name it."""
+    if device.type != "cuda":
+        return device.type
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _without_dropout(config: PretrainedConfig) -> list[str]:

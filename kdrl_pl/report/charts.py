@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from kdrl_pl.report.curves import Curve, Point
 from kdrl_pl.report.html import Markup, element
 
-WIDTH, HEIGHT = 420, 220
+WIDTH, HEIGHT = 360, 200  # near what a phone gives a chart, so that its text of 12 px stays about that size
 _RIGHT, _TOP, _BOTTOM = 14, 8, 34  # margins; the left one is as wide as its labels
 _DOTS = 40  # a curve of at most so many points shows them
 
@@ -47,7 +47,7 @@ def tick_labels(ticks: Sequence[float], share: bool = False) -> list[str]:
     return [label if label == "0" and not share else f"{label}{'%' if share else letter}" for label in labels]
 
 
-def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "rollout", note: str = "") -> Markup:
+def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "rollout") -> Markup:
     """A figure with one line per curve, and a band between the extremes where a point stands for several rollouts.
 
     Args:
@@ -55,7 +55,6 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
         curves: at least one of them with points; the others keep their colours for themselves.
         unit: of the values; "share" writes them as per cent.
         counter: what the horizontal axis counts, "rollout" or "step".
-        note: a sentence below.
     """
     share = unit == "share"
     curves, colours = _with_points(curves)
@@ -81,14 +80,13 @@ def line_chart(title: str, curves: Sequence[Curve], unit: str, counter: str = "r
     hits = _hits(curves, x, share, counter)
     words = [_in_words(curve, share, counter) for curve in curves]
     missing = [f"{curve.label}: {curve.missing} values were not finite" for curve in curves if curve.missing]
-    said = "; ".join(filter(None, [note, *missing]))
     return _figure(
         title,
         "" if share else unit,
         [axes, drawn, hits],
         list(zip(colours, (c.label for c in curves), strict=True)),
         words,
-        said,
+        "; ".join(missing),
     )
 
 
@@ -107,7 +105,8 @@ def share_chart(
         labels: of the areas, from below.
         spans: (first, last) rollouts of each column.
         shares: per column one share per label; they sum to 1.
-        counter, note: see `line_chart`.
+        counter: see `line_chart`.
+        note: a sentence below.
     """
     first, last = spans[0][0], spans[-1][1]
     ticks = [0.0, 0.25, 0.5, 0.75, 1.0]

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdrl_pl.report.figures import chart_grid, compared_figures
-from kdrl_pl.report.html import document, dotted, element, table
+from kdrl_pl.report.html import breakable, document, element, table
 from kdrl_pl.report.page import plain
 from kdrl_pl.report.run import Run
 from kdrl_pl.report.sections import result
@@ -101,7 +101,7 @@ def compare_page(runs: Sequence[Run]) -> str:
         for of, rows in results(runs).items()
     ]
     differing: Sequence[tuple[str, list[Any]]] = differences(runs)
-    settings = [[dotted(name), *map(plain, values)] for name, values in differing]
+    settings = [[breakable(name), *(breakable(plain(value)) for value in values)] for name, values in differing]
     folders: Mapping[str, Run] = dict(labelled)
     return document(
         f"{len(runs)} runs compared",

@@ -12,6 +12,7 @@ from kdrl_pl.report.run import Rows, Run
 from kdrl_pl.report.tokens import Objective
 
 Row = Mapping[str, Any]
+_CHANGES = 4  # problems shown early and late
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ def best_and_worst(rows: Rows, count: int = 3) -> tuple[Rows, Rows]:
     return best, [row for row in worst if id(row) not in shown][:count]
 
 
-def changes(run: Run, count: int = 4) -> list[Change]:
-    """The same problems early and late, those whose verdict changed first, then by how little of the text is the same.
+def changes(run: Run) -> list[Change]:
+    """Some problems early and late, those whose verdict changed first, then by how little of the text is the same.
 
     They come from the first and the newest validation, where every problem is sampled with the same random numbers; a
     run without validation may have drawn a prompt twice in the rollouts it keeps.
@@ -65,7 +66,7 @@ def changes(run: Run, count: int = 4) -> list[Change]:
         pairs = [(v[0][1], v[-1][1], (v[0][0], v[-1][0])) for v in seen.values() if len(v) > 1]
     made = [_change(*pair) for pair in pairs[:200]]
     changed = [change for change in made if change.early["completion"] != change.late["completion"]]
-    return sorted(changed, key=lambda c: (c.early["correct"] == c.late["correct"], c.alike))[:count]
+    return sorted(changed, key=lambda c: (c.early["correct"] == c.late["correct"], c.alike))[:_CHANGES]
 
 
 def _change(early: Row, late: Row, when: tuple[int, int]) -> Change:

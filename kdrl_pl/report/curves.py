@@ -46,9 +46,9 @@ class Curve:
     missing: int = 0
 
 
-def bucket_width(last: float, points: int = POINTS) -> int:
-    """Rollouts per point, so that `points` reach until rollout `last`."""
-    return max(1, math.ceil(last / points))
+def bucket_width(last: float) -> int:
+    """Rollouts per point, so that `POINTS` reach until rollout `last`."""
+    return max(1, math.ceil(last / POINTS))
 
 
 def curve(label: str, values: Iterable[tuple[float, float | None]], width: int = 1) -> Curve:

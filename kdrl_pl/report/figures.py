@@ -34,7 +34,7 @@ FIGURES = (
     Figure("Reward", {"reward/mean": "mean", "reward/std": "deviation within groups"}),
     Figure(
         "KL to the teacher",
-        {"teacher/reverse_kl": "KL(student ‖ teacher)", "teacher/reverse_kl_k3": "the same by k3"},
+        {"teacher/reverse_kl": "of the tokens that are distilled", "teacher/reverse_kl_k3": "the same by k3"},
         "nats per token",
     ),
     Figure(

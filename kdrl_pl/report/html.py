@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import re
 from collections.abc import Iterable
 
 from kdrl_pl.text import printable
@@ -59,13 +60,13 @@ def join(children: Iterable[object]) -> Markup:
     return Markup("".join(parts))
 
 
-def dotted(name: str) -> Markup:
-    """A name like `model.distillation.coef`, which a narrow column breaks behind its dots.
+def breakable(name: str) -> Markup:
+    """A name like `model.lr_schedule`, or a path, which a narrow column breaks between its words.
 
-    >>> dotted("data.val")
-    'data.<wbr>val'
+    >>> breakable("model.lr_schedule"), breakable("a/b<0.5")
+    ('model.<wbr>lr_<wbr>schedule', 'a/<wbr>b&lt;0.5')
     """
-    return Markup(escaped(name).replace(".", ".<wbr>"))
+    return Markup(re.sub(r"(?<=[^\W\d_])[./_](?=[^\W\d_])", r"\g<0><wbr>", escaped(name)))
 
 
 def table(head: Iterable[object], rows: Iterable[Iterable[object]], caption: object, numbers: bool = True) -> Markup:

@@ -12,7 +12,7 @@ from kdrl_pl.files import replacing
 from kdrl_pl.report.charts import number
 from kdrl_pl.report.completions import best_and_worst, changes, most_disputed, objective_at
 from kdrl_pl.report.figures import chart_grid, run_figures
-from kdrl_pl.report.html import Markup, document, dotted, element, table
+from kdrl_pl.report.html import Markup, breakable, document, element, table
 from kdrl_pl.report.run import Run, read_run
 from kdrl_pl.report.sections import (
     alarm_list,
@@ -26,6 +26,7 @@ from kdrl_pl.report.sections import (
 from kdrl_pl.report.settings import Setting, settings_of
 from kdrl_pl.report.style import STYLE
 from kdrl_pl.report.tokens import Decode, Token, tokens_of
+from kdrl_pl.view.state import duration
 
 
 def write_report(folder: Path, output: Path | None = None, decode: Decode | None = None) -> Path:
@@ -110,7 +111,7 @@ def _status(run: Run) -> str:
     counter, of = run.counter, (run.config.get("run") or {}).get("max_rollouts")
     if run.summary is not None:
         return (
-            f"Finished after {run.summary['rollouts']:,} rollouts, {_duration(run.summary['seconds'])}, "
+            f"Finished after {run.summary['rollouts']:,} rollouts, {duration(run.summary['seconds'])}, "
             f"{run.summary['tokens']:,} sampled tokens."
         )
     if not run.done:
@@ -199,7 +200,8 @@ def _settings(run: Run) -> list[Any]:
 
 
 def _setting(setting: Setting) -> list[str]:
-    return [dotted(setting.name), plain(setting.value), "" if setting.default is None else plain(setting.default)]
+    default = "" if setting.default is None else breakable(plain(setting.default))
+    return [breakable(setting.name), breakable(plain(setting.value)), default]
 
 
 def plain(value: Any) -> str:
@@ -250,9 +252,3 @@ def _again(run: Run) -> list[Any]:
         element("pre", "\n".join(lines)),
         element("p", "Secrets and packages named by --allow-import are given again.", class_="note"),
     ]
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

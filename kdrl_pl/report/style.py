@@ -49,7 +49,7 @@ caption { text-align: left; padding: 4px 0; }
 th, td { padding: 4px 10px 4px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
 td, tbody th { overflow-wrap: anywhere; min-width: 9ch; } .numbers td { min-width: 0; }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 500; } .numbers tbody th { min-width: 7ch; }
+tbody th { font-weight: 500; } .numbers tbody th { overflow-wrap: break-word; min-width: 0; }
 .numbers td, .numbers thead th + th { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 code, pre, .tokens { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .875rem; }
 pre, .tokens { margin: 6px 0; padding: 8px 10px; background: var(--back); border: 1px solid var(--rule); border-radius:

@@ -31,10 +31,13 @@ _SHOWN = 12  # rows of the table
 
 
 def console(file: IO[str] | None = None) -> Console:
-    """Where `kdrl inspect` writes; it has no colours where NO_COLOR is set or no one would see them."""
+    """Where `kdrl inspect` writes; it has no colours where NO_COLOR is set or no one would see them.
+
+    Lines are not wrapped here: a terminal does that itself, and in a file or a pipe they are wanted whole.
+    """
     from rich.console import Console
 
-    return Console(file=file, highlight=False, markup=False, emoji=False)
+    return Console(file=file, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def show_row(row: dict[str, Any], number: int, tokens: Sequence[Token], out: Console) -> None:

@@ -110,15 +110,25 @@ class VLLMEngine:
         """Overwrite vLLM's weights with the student's, and forget what it cached; collective under DDP and FSDP2.
 
         Raises:
-            ValueError: vLLM is not installed; the engine was built for another model; sleep without a GPU; see also
-                `plain_weights`.
+            ValueError: vLLM is not installed; the engine was built for another model; sleep without a GPU; a GPU that
+                vLLM would not take; see also `plain_weights`.
             RunError: vLLM does not compute the student, see `check_agreement`; looked at once.
         """
-        self._device, self._vocab_size = student.device, student.vocab_size
+        self._vocab_size = student.vocab_size
         self._stop_token_ids = [token for token in stop_token_ids if token < student.vocab_size]
+        with gathered_weights(student):  # offloaded ones lie elsewhere (FSDP2's cpu_offload)
+            self._device = student.device
+            self._hand_over(student)
+
+    def _hand_over(self, student: LanguageModel) -> None:
         if self.sleep and self._device.type != "cuda":
             raise ValueError("rollout.engine.sleep is on, and there is no GPU memory to give back; set it to false")
-        with gathered_weights(student), _left_as_it_was(self._device):
+        if world_size() == 1 and self._device.index:
+            raise ValueError(
+                f"the student is on {self._device}, and vLLM takes the first GPU that its process sees; start the run "
+                f"with CUDA_VISIBLE_DEVICES={self._device.index} and trainer.devices: 1"
+            )
+        with _left_as_it_was(self._device):
             is_new = self._build(student)
             if not self._is_awake:
                 self._llm.wake_up(tags=["weights"])

@@ -5,6 +5,7 @@ The server runs on GPUs of its own (or shares a machine without one), with any p
     python -m kdrl_pl.rollout.plain_weights STUDENT FOLDER
     VLLM_SERVER_DEV_MODE=1 vllm serve FOLDER --tokens-only --logprobs-mode processed_logprobs --dtype bfloat16
 
+The command of vLLM's CPU build does not start; there it is python -m vllm.entrypoints.openai.api_server --model FOLDER.
 Before each rollout the student's weights are written as safetensors, the server is told to read them in place
 (`collective_rpc` of `reload_weights`), and to forget its prefix cache. Written against vLLM 0.32.
 """
@@ -18,6 +19,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -207,11 +209,15 @@ class VLLMServerEngine:
                     finished, waiting = wait(waiting, _POLL, FIRST_COMPLETED)
                     for answer in finished:
                         answer.result()  # raises what went wrong
-            except BaseException:
+            except BaseException as error:
                 given_up.set()
                 open_names = [_PREFIX + name for name, answer in zip(names, answers, strict=True) if not answer.done()]
                 if open_names:
-                    self._ask("POST", "/inference/v1/abort_requests", {"request_ids": open_names})
+                    with suppress(RunError):  # a server that is gone has given them up
+                        self._ask("POST", "/inference/v1/abort_requests", {"request_ids": open_names})
+                if isinstance(error, RunError) and should_stop is not None and should_stop():
+                    # The end of a job reaches the server too, and it goes first.
+                    raise RolloutInterrupted("the rollout was asked to stop") from error
                 raise
         return [answer.result() for answer in answers]
 

@@ -27,19 +27,18 @@ class Estimate:
         return self.half is None or abs(self.mean) <= self.half
 
 
-def estimate(values: Sequence[float], level: float = 0.95) -> Estimate:
-    """Mean of `values` and its t-interval: mean ± t_{(1+level)/2, n−1} · s/√n, s with n − 1.
+def estimate(values: Sequence[float]) -> Estimate:
+    """Mean of `values` and its 95 % t-interval: mean ± t_{0.975, n−1} · s/√n, s with n − 1.
 
     Args:
         values: one per seed, at least one.
-        level: probability with which such an interval covers the true mean.
     """
     n = len(values)
     mean = math.fsum(values) / n
     if n < 2:
         return Estimate(mean, None, n)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    return Estimate(mean, t_quantile((1 + level) / 2, n - 1) * deviation / math.sqrt(n), n)
+    return Estimate(mean, t_quantile(0.975, n - 1) * deviation / math.sqrt(n), n)
 
 
 def paired_difference(first: Mapping[int, float], second: Mapping[int, float]) -> Estimate | None:

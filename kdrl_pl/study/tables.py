@@ -49,6 +49,8 @@ def arms_table(entries: Entries) -> str:
 def differences_table(entries: Entries, pairs: Iterable[tuple[str, str]]) -> str:
     """One row per pair: mean difference paired by seed, and its 95 % t-interval; "tie" when that contains 0.
 
+    Seconds are compared where both runs of every seed were made on the same machine.
+
     Args:
         entries: of one testbed.
         pairs: (arm, arm it is compared with); pairs without results are left out.
@@ -99,6 +101,10 @@ def _columns(entries: Entries) -> list[_Column]:
 
 def _difference(column: _Column, first: Mapping[str, Any], second: Mapping[str, Any]) -> Estimate | None:
     sides = [dict(zip(entry["seeds"], entry.get(column.name, ()), strict=False)) for entry in (first, second)]
+    if column.name == "seconds":
+        ran, other = (dict(zip(entry["seeds"], entry["machine"], strict=True)) for entry in (first, second))
+        if any(ran[seed] != other.get(seed, ran[seed]) for seed in ran):
+            return None  # seconds of two machines say nothing
     return paired_difference(*sides)
 
 

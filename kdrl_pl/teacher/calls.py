@@ -99,7 +99,7 @@ class Server:
         self._busy: set[http.client.HTTPConnection] = set()
         self._away_since: float | None = None
         self._warned = self._answered = 0.0
-        self.absences = 0  # times that it was away and came back
+        self.absences = 0  # times that it was away and came back, or may have been: it closed a connection
 
     @property
     def is_exposed(self) -> bool:
@@ -167,7 +167,9 @@ class Server:
             except TimeoutError:
                 raise
             except (OSError, http.client.HTTPException):
-                self._check_stop()  # else the server closed a connection that was idle for long: ask on a new one
+                self._check_stop()  # else the server closed a connection that was idle for long, or is a new one
+                with self._lock:
+                    self.absences += 1
         wait = min(self.timeout, CONNECT)
         if self._tls is None:
             connection = http.client.HTTPConnection(self._host, self._port, timeout=wait)

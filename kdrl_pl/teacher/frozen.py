@@ -97,6 +97,8 @@ class FrozenTeacher:
         self.score_metrics: dict[str, tuple[float, float]] = {}  # of the last `score`: name -> (sum, count)
         self._waiting: WaitingWeights | None = None
         self._gathered_head: Head | None = None
+        self._files: str | None = None  # fingerprint of the folder, and commit on the hub, when it was loaded
+        self._commit: str | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -128,6 +130,8 @@ class FrozenTeacher:
             check_same_tokenizer(student_tokenizer, load_tokenizer(self.path), self.path)
         if self.cache is not None:
             self.cache.open()
+            self._commit = revision(self.path)
+        self._files = fingerprint(check_model_path(self.path))
         self.device = torch.device(device)
         if self.cache is None:
             self._load()
@@ -162,6 +166,7 @@ class FrozenTeacher:
             dtype,
             attn_implementation=self.attn_implementation,
             quantization=quantization_arguments(quantization, dtype, self.int8_threshold),
+            quantize_on=device,
         )
         return model.eval().requires_grad_(False).to(device)
 
@@ -260,16 +265,22 @@ class FrozenTeacher:
         return stop_ids(load_tokenizer(self.path), load_generation_config(self.path))
 
     def fingerprint(self) -> str:
-        """Names the teacher in checkpoints, so that a run is not resumed under another one."""
-        return f"{fingerprint(check_model_path(self.path))}/{self.quantization or self.dtype}"
+        """Names the teacher in checkpoints, so that a run is not resumed under another one.
+
+        Once it is loaded, by its files as they were then: what becomes of the folder later is another teacher.
+        """
+        return f"{self._files or fingerprint(check_model_path(self.path))}/{self.quantization or self.dtype}"
 
     def _name_in_cache(self) -> str:
         """All that decides about a log-prob beside the row itself."""
-        return repr((self.fingerprint(), revision(self.path), self.dtype, self.attn_implementation))
+        kind = self.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        return repr((self.fingerprint(), self._commit, self.dtype, self.attn_implementation, autocast))
 
     def _report_error(self, experience: Experience) -> None:
         self.report_error = False
-        error = self.quantization_error(experience)
+        rows = max(self.max_tokens_per_micro_batch // experience.input_ids.shape[1], 1)  # what one pass holds
+        error = self.quantization_error(experience[:rows])
         log.info(
             "teacher in %s: its log-probs differ from fp32 by %.3g nats on average, %.3g at most",
             self.quantization or self.dtype,

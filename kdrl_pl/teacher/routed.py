@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from kdrl_pl.errors import TeacherLost
 from kdrl_pl.experience import Experience
 from kdrl_pl.logprobs import Head
 from kdrl_pl.teacher.frozen import FrozenTeacher
@@ -39,7 +40,7 @@ class RoutedTeacher(FrozenTeacher):
             raise ValueError("teacher.teachers is empty; expected name: {path: ...} for each teacher")
         if default is not None and default not in self.teachers:
             raise ValueError(f"teacher.default is {default!r}; expected one of {', '.join(self.teachers)}, or null")
-        self.default, self.score_metrics = default, {}
+        self.default, self.model, self.score_metrics = default, None, {}
         self._head: Head | None = None
 
     @property
@@ -105,6 +106,7 @@ class RoutedTeacher(FrozenTeacher):
 
         Raises:
             ValueError: a row names an unknown teacher.
+            TeacherLost: one of them is; the others have answered then, since they may score in step with other ranks.
         """
         chosen = [self._teacher_of(*pair) for pair in zip(experience.uids, experience.teachers, strict=True)]
         experience.teacher_logprobs = torch.zeros(asked.shape, dtype=torch.float32, device=experience.device)
@@ -112,12 +114,16 @@ class RoutedTeacher(FrozenTeacher):
         if weight is not None and bool(asked.any()):
             shape = (*asked.shape, weight.shape[1])
             experience.teacher_hidden = torch.zeros(shape, dtype=weight.dtype, device=experience.device)
-        start, self.score_metrics = 0, {}
+        start, self.score_metrics, lost = 0, {}, None
         for name, teacher in self.teachers.items():  # on every rank in the same order, rows or not
             rows = torch.tensor([i for i, mine in enumerate(chosen) if mine == name], dtype=torch.int64)
             part = experience[rows]
             width, rows = part.input_ids.shape[1], rows.to(experience.device)
-            teacher.score(part, asked[rows, :width], hidden=hidden)
+            try:
+                teacher.score(part, asked[rows, :width], hidden=hidden)
+            except TeacherLost as error:
+                lost = lost or error
+                continue
             experience.teacher_logprobs[rows, :width] = part.teacher_logprobs
             for metric, (value, count) in teacher.score_metrics.items():
                 before = self.score_metrics.get(metric, (0.0, 0.0))
@@ -128,6 +134,8 @@ class RoutedTeacher(FrozenTeacher):
                     experience.teacher_hidden[rows, :width, start : start + size] = states.to(weight.dtype)
                     experience.teacher_hidden[rows, :width, start + size] = 1.0
                 start += size + 1
+        if lost is not None:
+            raise lost
 
     def head(self) -> Head:
         """One head for all teachers: theirs side by side, a column for the bias behind each.
@@ -146,8 +154,9 @@ class RoutedTeacher(FrozenTeacher):
             dtype = functools.reduce(torch.promote_types, (head.weight.dtype for head in heads.values()))
             columns = []
             for head in heads.values():
-                bias = head.weight.new_zeros(len(head.weight)) if head.bias is None else head.bias
-                columns += [head.scale * head.weight.to(dtype), head.scale * bias.to(dtype)[:, None]]
+                weight = head.weight[: head.words]  # rows beyond V* are no words, and each model has its own number
+                bias = weight.new_zeros(len(weight)) if head.bias is None else head.bias[: head.words]
+                columns += [head.scale * weight.to(dtype), head.scale * bias.to(dtype)[:, None]]
             self._head = Head(torch.cat(columns, 1), softcap=next(iter(caps.values())))
         return self._head
 

@@ -38,6 +38,7 @@ from kdrl_pl.teacher.wire import (
 )
 
 BODY_SECONDS = 60.0  # in which the body of a request must arrive
+_QUEUE_TIMEOUT = 600.0  # seconds after which a request that still waits is answered with 504: its client has gone
 
 
 async def read_body(request: Request) -> ScoreRequest:
@@ -126,7 +127,8 @@ def score(teacher: FrozenTeacher, request: ScoreRequest) -> ScoreReply:
     teacher.score(experience, asked, hidden=request.top_k > 0)
     reply = ScoreReply(teacher.fingerprint(), experience.teacher_logprobs[asked])
     if request.top_k:
-        head, hidden = teacher.head(), experience.teacher_hidden[asked]  # (N, H)
+        head, states = teacher.head(), experience.teacher_hidden  # None where nothing is asked
+        hidden = head.weight[:0] if states is None else states[asked]  # (N, H)
         chunks = hidden.split(max(2**24 // head.weight.shape[0], 1))
         tops = [head.logprobs(chunk, request.temperature).topk(request.top_k) for chunk in chunks]
         reply.top_ids, reply.top_logprobs = torch.cat([t.indices for t in tops]), torch.cat([t.values for t in tops])
@@ -195,7 +197,6 @@ def make_server(
     max_batch_size: int = 1,
     batch_timeout: float = 0.0,
     max_tokens_per_request: int = 65536,
-    queue_timeout: float = 600.0,
 ) -> litserve.LitServer:
     """A server of `teacher`, ready to `run`.
 
@@ -206,7 +207,6 @@ def make_server(
         max_batch_size: requests that may share a forward pass.
         batch_timeout: seconds to wait for them.
         max_tokens_per_request: of all rows of a request, the prompt counted once per row.
-        queue_timeout: seconds after which a request that still waits is answered with 504: its client has gone.
 
     Raises:
         FileNotFoundError, ValueError: there is no such model.
@@ -223,7 +223,7 @@ def make_server(
     server = litserve.LitServer(
         TeacherAPI(teacher, device, token, max_batch_size, batch_timeout),
         accelerator="cpu",  # LitServe only names a device; `TeacherAPI` has its own
-        timeout=queue_timeout,
+        timeout=_QUEUE_TIMEOUT,
         healthcheck_path=HEALTH_PATH,
         info_path=INFO_PATH,
         model_metadata=known,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COMPLETIONS, MODELS, TOKENIZE = "/v1/completions", "/v1/models", "/tokenize"
 PROBED_TOKENS = 4096  # of the vocabulary, whose text both tokenizers must read alike
-PROBE = 16  # ids of a row that is asked about again when the server was away
+PROBE = 16  # ids of a row that is asked about again when the server may have been away
 SAME_MODEL = 0.05  # nats by which the probe may differ when the server comes back: rounding, no other weights
 
 
@@ -176,7 +176,7 @@ class VLLMTeacher(RemoteTeacher):
         """Per prompt the log-prob of each of its tokens; the first, which has none, gets 0."""
         told = self._ask_for(self.told["name"], prompts)
         absences = self.server.absences
-        if absences != self._absences:  # it was away, and may have come back with other weights
+        if absences != self._absences:  # it may have been away, and have come back with other weights
             again = self._ask_for(self.told["name"], [self._probe])[0]
             moved = max(abs(a - b) for a, b in zip(again, self._answer, strict=True))
             if not moved <= SAME_MODEL:

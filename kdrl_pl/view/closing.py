@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,11 @@ _LEARNED = {
 }
 
 
-def closing(folder: Path, commands: Sequence[str] = ("export",)) -> str:
+def closing(folder: Path) -> str:
     """The closing lines of a run, from the files it left.
 
     Args:
         folder: with summary.json, and perhaps alarms.jsonl and checkpoints/best.json.
-        commands: of `kdrl` that take a run folder, to be proposed next.
     """
     summary = json.loads((folder / "summary.json").read_text())
     rollouts, seconds, tokens = summary["rollouts"], summary["seconds"], summary["tokens"]
@@ -40,7 +39,7 @@ def closing(folder: Path, commands: Sequence[str] = ("export",)) -> str:
     page = folder / "report.html"
     if page.exists():
         lines.append(f"report:     {page}")
-    lines += [f"{'next:' if i == 0 else '':<12}kdrl {name} {folder}" for i, name in enumerate(commands)]
+    lines.append(f"next:       kdrl export {folder}")
     return printable("\n".join(lines))
 
 

@@ -22,6 +22,7 @@ from kdrl_pl.view.state import RunState, duration
 _WIDTH = 96  # columns at most; narrower lines survive it when a terminal is made narrower
 _NARROW = 72  # columns below which the phases that are not running are left out
 _SPARKS = "▁▂▃▄▅▆▇█"
+_PIECES = 30  # characters of a course at most
 
 
 class LiveView:
@@ -148,14 +149,14 @@ def _metrics(state: RunState) -> Table:
     return group
 
 
-def sparkline(values: Sequence[float], width: int = 30) -> str:
-    """Shares as one character each, newest last; of more than `width` values, means of as many pieces.
+def sparkline(values: Sequence[float]) -> str:
+    """Shares as one character each, newest last; of more than 30 values, means of as many pieces.
 
     >>> sparkline([0.0, 0.5, 1.0])
     '▁▅█'
     """
-    if len(values) > width:
-        edges = [round(i * len(values) / width) for i in range(width + 1)]
+    if len(values) > _PIECES:
+        edges = [round(i * len(values) / _PIECES) for i in range(_PIECES + 1)]
         values = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     return "".join(_SPARKS[min(max(round(v * (len(_SPARKS) - 1) + 1e-9), 0), len(_SPARKS) - 1)] for v in values)
 

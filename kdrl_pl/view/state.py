@@ -47,6 +47,10 @@ class RunState:
             self.done = self._first = done
             self._began = self.clock()
 
+    def evaluate(self, what: str) -> None:
+        """A validation begins, or is over ("" then): its phases are none of a rollout's."""
+        self.doing, self.phase, self.over = what, "", set()
+
     def finish(self, done: int, metrics: Mapping[str, float]) -> None:
         """A rollout is over."""
         self.done, self.metrics, self.phase, self.over = done, dict(metrics), "", set()

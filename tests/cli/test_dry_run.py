@@ -36,6 +36,7 @@ def test_it_says_what_would_run(said) -> None:
     assert any(line.startswith("teacher checkpoints/testbeds/arithmetic/teacher, 84.3 k parameters") for line in words)
     assert "term distillation, coefficient 0.002, reverse KL, sampled (k2)" in words
     assert "train addition, 64 prompts" in words and "val addition, 16 prompts" in words
+    assert "reward TaskReward" in words
     rows = "2 rollouts of 4 prompts x 4 responses = 16 rows of at most 32 tokens (512 tokens a rollout at most)"
     assert f"sampling {rows}" in words
     assert "updates 4 a rollout, 8 in all; SGD, learning rate 0.5 x 1" in words
@@ -63,6 +64,10 @@ def test_without_a_teacher(said) -> None:
 def test_what_the_run_would_refuse_is_refused(said) -> None:
     assert "groups_per_update is 3 with 4 prompts" in said("--model.groups_per_update", "3", status=1)
     assert "prompts_per_rollout=128" in said("--data.prompts_per_rollout", "128", status=1)
+    reward = ["--rollout.reward.class_path=kdrl_pl.rewards.FunctionReward"]
+    reward += ["--rollout.reward.init_args.function=mine.exact"]
+    assert "add --allow-import mine" in said(*reward, status=1)
+    assert "there is no module 'mine'" in said(*reward, "--allow-import", "mine", status=1)
     gate = ["--model.distillation.mask", "negative_advantage", "--model.distillation.competence.path", "nowhere.jsonl"]
     assert "nowhere.jsonl" in said(*gate, "--model.distillation.competence.at_least", "0.5", status=1)
 

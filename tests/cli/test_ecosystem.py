@@ -38,7 +38,6 @@ def test_a_logger_of_the_config_gets_what_metrics_jsonl_has():
 
 
 def test_tensorboard_is_on_by_itself():
-    pytest.importorskip("tensorboard")
     assert main(["fit", *SMALL, "--run.name", "tb"]) == 0
     assert list(Path("runs/tb").glob("*/tensorboard/events.out.tfevents.*"))
 
@@ -53,7 +52,6 @@ def test_a_logger_whose_package_is_missing_is_named(logger, package, capsys):
 
 
 def test_a_run_on_tasks_of_reasoning_gym(tmp_path):
-    pytest.importorskip("reasoning_gym")
     characters = "".join(sorted(set(string.printable) - set("\r\x0b\x0c")))
     write_tiny(tmp_path / "student", 64, 1, alphabet=characters)
     options = {"min_digits": 1, "max_digits": 2}

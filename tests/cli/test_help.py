@@ -77,7 +77,7 @@ def test_the_short_help_loads_no_torch_and_the_long_one_is_there(capsys):
     assert "--model.max_skipped_steps" in capsys.readouterr().out
 
 
-def test_config_may_come_before_the_command(tmp_path, capsys):
+def test_config_may_come_before_the_command(capsys):
     assert main(["--config", "configs/debug.yaml", "-c=configs/arms/grpo.yaml", "validate", "--dry-run"]) == 1
     assert "--dry-run is for kdrl fit" in capsys.readouterr().err  # so it was validate that ran
     assert main(["--run.name", "x", "fit"]) == 2

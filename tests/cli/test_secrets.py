@@ -82,11 +82,14 @@ def test_a_resumed_run_asks_for_its_secret_and_for_its_data(tmp_path, monkeypatc
     assert "hunter2" not in (folder / "config.yaml").read_text()
     assert f"api_key: {MASK}" in (folder / "config.yaml").read_text()
 
+    before = (folder / "config.yaml").read_text()
     resume = ["--resume", str(folder), "--allow-import", "keyed"]
     assert run("fit", resume) == 1
     assert "kdrl fit: --rollout.reward.init_args.api_key: saved configs do not" in capsys.readouterr().err
     other = [*resume, "--rollout.reward.init_args.api_key", "hunter2", "--data.train.addition.size", "32"]
     assert run("fit", other) == 1
     assert "was trained on data set" in capsys.readouterr().err
+    assert (folder / "config.yaml").read_text() == before  # nothing that was refused
     assert run("fit", [*other, "--resume-anyway", "--run.max_rollouts", "2"]) == 0
+    assert (folder / "config.yaml").read_text() != before
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 4

@@ -281,7 +281,7 @@ def test_too_few_rows_and_missing_sets_are_refused_with_the_cure(tmp_path, token
         PromptDataModule({"a/b": SetConfig(source="addition")})
 
 
-def test_an_overlay_removes_a_set_with_null(tmp_path):
+def test_an_overlay_removes_a_set_with_null():
     datamodule = PromptDataModule({"keep": SetConfig(source="addition"), "drop": None})
     assert list(datamodule.configs["train"]) == ["keep"]
 

@@ -135,7 +135,7 @@ def test_messages_without_a_chat_template_and_templates_that_refuse():
         Renderer(Template(system_prompt="s"), llama_like(STRICT)).render("a")
 
 
-def test_text_frames_the_question_in_a_chat_too(tmp_path):
+def test_text_frames_the_question_in_a_chat_too():
     tokenizer = character_tokenizer("abcQ?: \n", chat_template="{% for m in messages %}{{ m.content }}|{% endfor %}")
     template = Template(text="Q: {prompt}?", few_shot=[FewShot("a", "b")])
     assert Renderer(template, tokenizer).render("c") == "Q: a?|b|Q: c?|"

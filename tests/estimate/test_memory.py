@@ -5,15 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers
+from bitsandbytes.optim import AdamW8bit
 
 from kdrl_pl.estimate.memory import memory
 from kdrl_pl.estimate.models import bytes_at_rest, count, without_numbers
 from kdrl_pl.estimate.plan import Batch, Plan
+from kdrl_pl.estimate.report import report
 from kdrl_pl.estimate.work import forward, tokens, work
 from kdrl_pl.losses import Distillation
 from kdrl_pl.module import KDRLModule
 from kdrl_pl.rollout.sampling import Sampling
-from kdrl_pl.teacher import FrozenTeacher
+from kdrl_pl.teacher import FrozenTeacher, RemoteTeacher, RoutedTeacher
 
 H, F, L, V = 32, 64, 3, 100  # hidden, feed-forward, layers, words
 BODY = L * (2 * H * H + 2 * H * H // 2 + 3 * H * F)  # query and output, key and value of half the heads, feed-forward
@@ -116,6 +118,29 @@ def test_teachers_elsewhere(bare):
     assert memory(plan_of(bare, teacher={"sharded": True}, **gpu)).held["teacher"] == here // 4
 
 
+def test_the_head_of_a_teacher_that_stands_elsewhere_is_kept_for_the_full_vocabulary(bare):
+    gpu = {"is_cpu": False, "layout": "ddp", "ranks": 4, "distillation": Distillation(estimator="full")}
+    here = memory(plan_of(bare, **gpu)).held["teacher"]
+    head = V * H * 4
+    away = memory(plan_of(bare, teacher={"offload": True}, **gpu))
+    assert away.held["teacher"] == head and away.phases["teacher"]["teacher's weights"] == here - head
+    assert memory(plan_of(bare, teacher={"sharded": True}, **gpu)).held["teacher"] == here // 4 + head
+
+
+def test_several_teachers(bare):
+    def told(**teachers):
+        module = KDRLModule(bare, RoutedTeacher(teachers))
+        batch, sampling = Batch(2, 4, [16] * 8), Sampling(max_tokens=16)
+        return report(Plan(module, without_numbers(module), batch, 8, sampling, is_ragged=False))
+
+    one = told(a=FrozenTeacher(bare))["memory"]["held"]["teacher"]
+    two = told(a=FrozenTeacher(bare), b=FrozenTeacher(bare, dtype="bfloat16"))  # of one folder
+    assert two["teachers"] == [{"path": bare, "parameters": WEIGHTS}] * 2
+    assert one < two["memory"]["held"]["teacher"] < 2 * one
+    served = told(a=RemoteTeacher("http://localhost:1"), b=RemoteTeacher("http://localhost:2"))
+    assert served["teachers"] == [] and set(served["memory"]["phases"]) == {"rollout", "update"}
+
+
 def test_hidden_states_of_the_teacher_are_kept_for_the_full_vocabulary(bare):
     found = memory(plan_of(bare, distillation=Distillation(estimator="full")))
     assert found.phases["teacher"]["teacher's hidden states"] == 8 * (8 + 16) * H * 4
@@ -169,10 +194,9 @@ def test_bytes_between_ranks_under_fsdp2(bare):
     }
 
 
-@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor, "bitsandbytes"])
+@pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Adafactor, AdamW8bit])
 def test_the_optimizers_state_is_its_own(make, tmp_path):
-    if make == "bitsandbytes":  # keeps matrices below 4,096 weights in fp32
-        make = pytest.importorskip("bitsandbytes").optim.AdamW8bit
+    # AdamW8bit keeps matrices below 4,096 weights in fp32, so these are larger.
     config = transformers.LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=1, vocab_size=V)
     config.save_pretrained(tmp_path / "wider")
     plan = plan_of(str(tmp_path / "wider"), optimizer=lambda weights: make(weights, lr=1e-3))

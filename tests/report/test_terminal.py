@@ -44,6 +44,13 @@ def test_a_row_that_is_not_distilled_says_so_once(digits):
     assert "right, reward 1, advantage +0.75, not distilled\n" in text and "\n567\n" in text
 
 
+def test_a_pipe_gets_whole_lines(digits):
+    row, out = stored_row(7, uid="sums/" + "x" * 200), io.StringIO()
+    show_row(row, 3, tokens_of(row, Objective(coef=0.5), digits), console(out))
+    told = f"rollout 8, row 3: {row['uid']}, right, reward 1, advantage +0.75, mean |d| 0.833 nats"
+    assert told in out.getvalue().splitlines()
+
+
 def test_signs():
     assert signs(Token("a", None, None, True, 1.0, None)) == "[~]"
     assert signs(Token("a", 0.0, 0.05, False, 1.0, 0.0)) == ""

@@ -46,7 +46,7 @@ def test_transformers_reads_the_student_back(name, tmp_path):
     torch.testing.assert_close(logits(read.eval()), logits(student.model)[:, :VOCABULARY], atol=1e-5, rtol=0)
 
 
-def test_names_are_those_of_a_checkpoint_and_dtypes_those_asked_for(tmp_path):
+def test_names_are_those_of_a_checkpoint_and_dtypes_those_asked_for():
     weights = dict(plain_weights(mixtral(), VOCABULARY, torch.bfloat16))
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert sum("experts" in name for name in weights) == 2 * 3

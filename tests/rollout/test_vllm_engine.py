@@ -1,5 +1,6 @@
 """vLLM in the training process. Needs an environment with vLLM: `make test-vllm`; what needs none is at the end."""
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -10,6 +11,7 @@ from engine_contract import LONG, STOP, TWO_RANKS, EngineContract, contract_stud
 
 from kdrl_pl.__main__ import main
 from kdrl_pl.errors import RunError
+from kdrl_pl.rollout import vllm_engine
 from kdrl_pl.rollout.engine import RolloutEngine
 from kdrl_pl.rollout.sampling import Sampling
 from kdrl_pl.rollout.vllm_engine import VLLMEngine
@@ -159,6 +161,24 @@ def test_the_sampler_check_passes_in_a_run(dtype, tmp_path, monkeypatch):
         assert 0.9 < row["train/importance_weight"] < 1.1
 
 
+@pytest.mark.gpu
+@pytest.mark.vllm
+@pytest.mark.parametrize("sleep", ["false", "true"])
+@pytest.mark.parametrize("strategy", ["auto", "fsdp2", "fsdp2 in host memory"])
+def test_the_sampler_check_passes_on_a_gpu(strategy, sleep, tmp_path, monkeypatch):
+    """With CUDA graphs, as a run has them."""
+    pytest.importorskip("vllm")
+    monkeypatch.chdir(ROOT)
+    options = [f"--rollout.engine.init_args.sleep={sleep}", "--run.max_rollouts=2", "--data.val.addition.size=16"]
+    options += ["--trainer.accelerator=gpu", "--trainer.devices=1", "--trainer.precision=bf16-mixed"]
+    if strategy != "auto":
+        options += ["--config=configs/trainer/fsdp2.yaml", "--trainer.devices=1"]
+        options += [f"--trainer.strategy.init_args.cpu_offload={str('host' in strategy).lower()}"]
+    _, rows = quickstart(tmp_path, *options)
+    assert len(rows) == 2
+    assert all(0 < row["rollout/sampler_drift_mean"] < 0.05 for row in rows)
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
 def test_the_quick_start_learns_as_it_does_with_the_in_process_engine(tmp_path, monkeypatch):
@@ -183,6 +203,27 @@ def test_every_rank_has_its_own_engine(sharded, tmp_path):
 
 def test_satisfies_the_protocol_without_vllm():
     assert isinstance(VLLMEngine(), RolloutEngine)
+
+
+def test_the_device_is_that_of_the_gathered_weights(monkeypatch):
+    # Red: under FSDP2's cpu_offload the shards lie in host memory; every rank's engine took the first GPU.
+    @contextlib.contextmanager
+    def gathered(model):
+        yield model.to("meta")
+
+    seen = []
+    monkeypatch.setattr(vllm_engine, "gathered_weights", gathered)
+    monkeypatch.setattr(VLLMEngine, "_hand_over", lambda self, student: seen.append(self._device))
+    VLLMEngine().sync(contract_student(), [STOP])
+    assert seen == [torch.device("meta")]
+
+
+def test_a_gpu_that_vllm_would_not_take_is_refused():
+    class OnTheFourth(torch.nn.Module):
+        device, vocab_size = torch.device("cuda:3"), 70
+
+    with pytest.raises(ValueError, match=r"is on cuda:3, and vLLM takes the first .* CUDA_VISIBLE_DEVICES=3 and train"):
+        VLLMEngine().sync(OnTheFourth(), [STOP])
 
 
 def test_bad_settings_are_refused_with_the_cure():

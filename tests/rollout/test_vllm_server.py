@@ -217,3 +217,17 @@ def test_a_server_without_the_endpoints_is_refused_with_the_cure(answers):
     table["/collective_rpc"], table["/reset_prefix_cache"] = (200, {}), (200, {"success": False})
     with pytest.raises(RunError, match="still works on rows of somebody else"):
         VLLMServerEngine(url).sync(contract_student(), [STOP])
+
+
+def test_a_server_that_goes_with_the_job_does_not_hide_that_the_run_was_told_to_stop(answers):
+    # Red: the error of a row, or of giving rows up, instead of a rollout that was interrupted: no checkpoint was left.
+    url, table = answers
+    table["/inference/v1/generate"] = 503, {"error": "shutting down"}  # and there is no abort_requests any more
+    engine = VLLMServerEngine(url, max_requests=1)
+    engine._limit, engine._vocab_size = 512, 70
+    told = iter([False])
+    for should_stop in (lambda: True, lambda: next(told, True)):
+        with pytest.raises(RolloutInterrupted):
+            engine.generate(PROMPTS, 1, Sampling(max_tokens=4), [1] * 4, should_stop)
+    with pytest.raises(RunError, match="refused /inference/v1/generate: 503"):
+        engine.generate(PROMPTS, 1, Sampling(max_tokens=4), [1] * 4)

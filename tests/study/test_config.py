@@ -1,12 +1,10 @@
 import copy
-from pathlib import Path
 
 import pytest
 import yaml
 
 from kdrl_pl.study.config import read_study
 
-ROOT = Path(__file__).parents[2]
 GOOD = {
     "name": "s",
     "seeds": [0, 1, 2],

@@ -15,7 +15,6 @@ CUT = entry(([0, 20, 40], [0, 5, 10], [0.1, 0.3, 0.5]), ([0, 40], [0, 6], [0.1, 
 
 
 def test_curves_are_drawn_and_again_give_the_same_file(tmp_path):
-    pytest.importorskip("matplotlib")
     testbeds = {"near": {"kdrl": KDRL, "grpo": CUT}, "far": {"grpo": KDRL}}
     draw(testbeds, tmp_path / "new/a.svg")
     draw(testbeds, tmp_path / "b.svg")

@@ -24,7 +24,7 @@ def entry(seeds, pass1, seconds, teacher, **more):
 
 
 KDRL = entry([0, 1, 2], [0.60, 0.62, 0.64], [1000.0, 1100.0, 1200.0], [250.0, 275.0, 300.0])
-GRPO = entry([2, 1], [0.54, 0.50], [900.0, 900.0], [0.0, 0.0])
+GRPO = entry([2, 1], [0.54, 0.50], [900.0, 900.0], [0.0, 0.0], machine=["CPU B", "CPU A"])
 
 
 def test_means_with_intervals():
@@ -47,6 +47,15 @@ def test_differences_pair_the_seeds_that_both_have():
     assert row == (
         "| kdrl − grpo | 2 | tie: +11.0 (−1.7 … +23.7) | tie: 0.0 (0.0 … 0.0) | tie: 0.0 (0.0 … 0.0) "
         "| tie: +250 (−385 … +885) | tie: 0 (0 … 0) |"
+    )
+
+
+def test_seconds_of_two_machines_are_not_compared():
+    elsewhere = {**GRPO, "machine": ["CPU A", "CPU A"]}  # seed 2 of KDRL ran on CPU B
+    (row,) = differences_table({"kdrl": KDRL, "grpo": elsewhere}, [("kdrl", "grpo")]).splitlines()[2:]
+    assert row == (
+        "| kdrl − grpo | 2 | tie: +11.0 (−1.7 … +23.7) | tie: 0.0 (0.0 … 0.0) | tie: 0.0 (0.0 … 0.0) |  "
+        "| tie: 0 (0 … 0) |"
     )
 
 

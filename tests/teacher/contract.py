@@ -5,7 +5,9 @@ A factory gets the folder of a model and returns a teacher that is not loaded. A
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,7 +18,11 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file, save_file
+
 from kdrl_pl.experience import Experience
+from kdrl_pl.models.tiny import write_tiny
 from kdrl_pl.teacher import FrozenTeacher, RemoteTeacher, RoutedTeacher, TeacherCache
 
 ROOT = Path(__file__).parents[2]
@@ -33,6 +39,29 @@ def rows(temperature: float = 0.7, **fields) -> Experience:
         temperature=temperature,
         **fields,
     )
+
+
+def sure_model(folder: Path, layers: int = 2) -> Path:
+    """A random teacher, 128 wide, whose head is eight times as sure: as it is made, it hardly prefers any word."""
+    write_tiny(folder, 128, layers)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 8
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def widened(source: str, target: Path, more: int, scale: float = 0.0) -> str:
+    """The same model with `more` rows beyond the tokenizer's ids: random ones so large, or zeros."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text())
+    config["vocab_size"] += more
+    (target / "config.json").write_text(json.dumps(config))
+    weights = load_file(target / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        extra = scale * torch.randn(more, weights[name].shape[1], generator=torch.Generator().manual_seed(0))
+        weights[name] = torch.cat([weights[name], extra])
+    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    return str(target)
 
 
 def free_port() -> int:
@@ -133,6 +162,7 @@ class Servers:
 Factory = Callable[[str, Servers], FrozenTeacher]
 
 PRECISIONS: dict[str, dict] = {"fp32": {}, "8bit": {"quantization": "8bit"}, "4bit": {"quantization": "4bit"}}
+AND_BF16 = {**PRECISIONS, "bf16": {"dtype": "bfloat16"}}  # whose rounding the rows beside a row move: not in the suite
 
 # name -> (makes the teacher, precision of the model in this process that it is compared with)
 FACTORIES: dict[str, tuple[Factory, str]] = {

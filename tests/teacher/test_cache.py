@@ -111,6 +111,19 @@ def test_what_moves_a_log_prob_is_another_row(change, tiny_models, tmp_path):
     assert torch.allclose(logprobs, expected, atol=0.05 if change == "precision" else 1e-6)
 
 
+def test_what_autocast_has_rounded_is_another_row(tiny_models, tmp_path):
+    # Red: a run in 32-true beside the cache of one in bf16-mixed was taught by rounded log-probs.
+    teacher, plain = cached(tiny_models[1], tmp_path), FrozenTeacher(tiny_models[1])
+    plain.load("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = scored(teacher)
+    assert torch.allclose(scored(teacher), scored(plain), rtol=0, atol=1e-6)
+    assert teacher.score_metrics == {"teacher/cache_hits": (0.0, 4.0)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(scored(teacher), rounded)
+    assert 1e-5 < (rounded - scored(plain)).abs().max() < 0.1
+
+
 def test_padding_and_neighbours_are_not_part_of_a_row():
     experience, wider = rows(), rows()
     wider.input_ids = torch.cat([wider.input_ids, torch.full((4, 3), 7)], 1)

@@ -10,6 +10,7 @@ from contract import FACTORIES, PRECISIONS, rows
 from kdrl_pl.models.character_tokenizer import character_tokenizer
 from kdrl_pl.models.loading import load_tokenizer
 from kdrl_pl.teacher import FrozenTeacher, RoutedTeacher
+from kdrl_pl.teacher.server import identity
 
 
 def scored(teacher, experience, asked=None):
@@ -110,7 +111,6 @@ def test_a_teacher_that_was_not_loaded_says_so(name, model, servers):
 
 @pytest.mark.parametrize("configured", [[1, 14], 1, None])
 def test_a_server_knows_the_stop_ids_before_it_has_the_model(configured, model, tmp_path):
-    server = pytest.importorskip("kdrl_pl.teacher.server")
     folder = shutil.copytree(model, tmp_path / "model")
     generation = folder / "generation_config.json"
     if configured is None:
@@ -118,7 +118,7 @@ def test_a_server_knows_the_stop_ids_before_it_has_the_model(configured, model, 
     else:
         generation.write_text(json.dumps({"eos_token_id": configured}))
     teacher = FrozenTeacher(str(folder))
-    told = server.identity(teacher)
+    told = identity(teacher)
     teacher.load("cpu")
     assert told["stop_ids"] == teacher.stop_ids()
     assert (told["vocab_size"], told["max_row_tokens"]) == (16, 512)

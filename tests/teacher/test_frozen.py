@@ -6,49 +6,19 @@ import shutil
 
 import pytest
 import torch
+from contract import AND_BF16, rows, sure_model, widened
 from tiny_run import fit, make_module, metrics_rows
 
-from kdrl_pl.experience import Experience
 from kdrl_pl.losses import Distillation
 from kdrl_pl.models.character_tokenizer import character_tokenizer
 from kdrl_pl.models.loading import load_tokenizer
-from kdrl_pl.models.tiny import write_tiny
 from kdrl_pl.teacher import FrozenTeacher
-
-PRECISIONS = {
-    "fp32": {},
-    "bf16": {"dtype": "bfloat16"},
-    "8bit": {"quantization": "8bit"},
-    "4bit": {"quantization": "4bit"},
-}
-
-
-def rows():
-    """Four ragged rows in the vocabulary of the tiny models (16 ids)."""
-    return Experience.from_rows(
-        prompts=[[3, 4, 12], [3, 4, 12], [5, 6, 7, 12], [5, 6, 7, 12]],
-        responses=[[8, 9, 1], [2, 3, 4, 5, 9, 11, 1], [6], [7, 7, 8, 1]],
-        rewards=[1.0, 0.0, 0.0, 1.0],
-        group=[0, 0, 1, 1],
-        temperature=0.7,
-    )
 
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
-    """A teacher of another size than the student: 128 x 2."""
-    folder = tmp_path_factory.mktemp("big")
-    write_tiny(folder, 128, 2)
-    scale_head(folder)
-    return str(folder)
-
-
-def scale_head(folder):
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] *= 8  # else a random model hardly prefers any word, and quantisation changes nothing
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    """A teacher of another size than the student, sure enough that quantisation changes something."""
+    return str(sure_model(tmp_path_factory.mktemp("big")))
 
 
 def loaded(path, **settings):
@@ -79,7 +49,7 @@ def test_fp32_is_the_softmax_of_the_models_own_logits(big):
     ("precision", "smallest", "largest"), [("bf16", 1e-4, 0.1), ("8bit", 1e-4, 0.2), ("4bit", 1e-3, 1.5)]
 )
 def test_lower_precision_is_close_and_says_how_close(precision, smallest, largest, big):
-    exact, teacher, mask = scored(loaded(big)), loaded(big, **PRECISIONS[precision]), rows().response_mask
+    exact, teacher, mask = scored(loaded(big)), loaded(big, **AND_BF16[precision]), rows().response_mask
     difference = (scored(teacher) - exact).abs()[mask]
     assert smallest < difference.mean() < difference.max() < largest
     error = teacher.quantization_error(rows())
@@ -91,7 +61,7 @@ def test_lower_precision_is_close_and_says_how_close(precision, smallest, larges
     ("precision", "layer"), [("fp32", "Linear"), ("bf16", "Linear"), ("8bit", "Linear8bitLt"), ("4bit", "Linear4bit")]
 )
 def test_the_weights_are_really_stored_so(precision, layer, big):
-    model = loaded(big, **PRECISIONS[precision]).model
+    model = loaded(big, **AND_BF16[precision]).model
     part = model.model.model.layers[0].mlp.down_proj
     assert type(part).__name__ == layer
     stored = {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.int8, "4bit": torch.uint8}[precision]
@@ -100,10 +70,10 @@ def test_the_weights_are_really_stored_so(precision, layer, big):
     assert not any(part.training for part in model.modules())
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", AND_BF16)
 def test_a_row_scores_the_same_whatever_stands_beside_it(precision, big):
     """Also in 8 bits: with bitsandbytes' own outlier threshold of 6 it would depend on the other rows."""
-    teacher = loaded(big, **PRECISIONS[precision])
+    teacher = loaded(big, **AND_BF16[precision])
     together = scored(teacher)
     tolerance = 0.05 if precision == "bf16" else 1e-5
     for i in range(4):
@@ -119,7 +89,7 @@ def test_a_row_scores_the_same_whatever_stands_beside_it(precision, big):
 def test_a_teacher_of_another_size_and_precision_teaches(precision, estimator, big, tiny_models, tmp_path):
     settings = {"policy_gradient": None, "distillation": Distillation(coef=1.0, estimator=estimator)}
     module = make_module(tiny_models[0], big, **settings)
-    module.teacher = FrozenTeacher(big, **PRECISIONS[precision])
+    module.teacher = FrozenTeacher(big, **AND_BF16[precision])
     fit(tmp_path, module, max_rollouts=6, val_check_interval=6)
     val = [row["val/val/kl_teacher"] for row in metrics_rows(tmp_path) if "validation" in row]
     before = json.loads((tmp_path / "summary.json").read_text())["val"]["before"]["val"]["kl_teacher"]
@@ -144,24 +114,8 @@ def test_only_the_tokens_asked_for_are_scored_and_only_their_rows_read(big):
     assert len(read) == 1
 
 
-def pad_vocabulary(source, target, more):
-    """The same model with `more` rows beyond the tokenizer's ids, which would take most of the probability."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    config["vocab_size"] += more
-    (target / "config.json").write_text(json.dumps(config))
-    weights = load_file(target / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        extra = 3 * torch.randn(more, weights[name].shape[1], generator=torch.Generator().manual_seed(0))
-        weights[name] = torch.cat([weights[name], extra])
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    return str(target)
-
-
 def test_padded_vocabularies_of_another_width_are_cut_off_before_the_softmax(big, tiny_models, tmp_path):
-    wide = pad_vocabulary(big, tmp_path / "wide", 48)
+    wide = widened(big, tmp_path / "wide", 48, scale=3.0)  # rows that would take most of the probability
     assert torch.allclose(scored(loaded(wide)), scored(loaded(big)), atol=1e-6)
     gradients = []
     for path in (big, wide):
@@ -173,7 +127,7 @@ def test_padded_vocabularies_of_another_width_are_cut_off_before_the_softmax(big
     assert gradients[0].norm() > 1e-3
 
 
-def test_another_tokenizer_is_refused_by_a_token(big, tmp_path):
+def test_another_tokenizer_is_refused_by_a_token(big):
     tokenizer = character_tokenizer("0123456789-+=;#")
     with pytest.raises(ValueError) as error:
         FrozenTeacher(big).load("cpu", tokenizer)
@@ -223,7 +177,7 @@ def test_the_fingerprint_names_the_model_and_its_precision(big, tmp_path):
     copy = tmp_path / "copy"
     first = FrozenTeacher(str(copy)).fingerprint()
     assert first == FrozenTeacher(big).fingerprint()
-    seen = {first, *(FrozenTeacher(big, **PRECISIONS[name]).fingerprint() for name in ("bf16", "8bit", "4bit"))}
+    seen = {first, *(FrozenTeacher(big, **AND_BF16[name]).fingerprint() for name in ("bf16", "8bit", "4bit"))}
     assert len(seen) == 4
 
     file = copy / "model.safetensors"
@@ -236,3 +190,33 @@ def test_the_fingerprint_names_the_model_and_its_precision(big, tmp_path):
         (copy / name).write_text((copy / name).read_text() + "\n")
         seen.add(FrozenTeacher(str(copy)).fingerprint())
     assert len(seen) == 8
+
+
+def test_a_loaded_teacher_is_named_after_the_files_it_was_loaded_from(big, tmp_path):
+    # Red: a folder that is written anew during a run gave its checkpoints, or a server's answers, another teacher.
+    copy = shutil.copytree(big, tmp_path / "copy")
+    teacher = loaded(str(copy))
+    first = teacher.fingerprint()
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert teacher.fingerprint() == first != FrozenTeacher(str(copy)).fingerprint()
+
+
+def test_the_quantisation_error_is_measured_in_one_pass_of_the_budget(big):
+    # Red: all rows of the first rollout in one pass, which no GPU holds.
+    teacher = loaded(big, quantization="8bit", report_error=True, max_tokens_per_micro_batch=22)
+    read = []
+    teacher.model.model.get_input_embeddings().register_forward_hook(
+        lambda part, inputs, _: read.append(inputs[0].numel())
+    )
+    scored(teacher)
+    assert len(read) > 2 and max(read) <= 22
+
+
+def test_quantised_weights_are_made_where_the_teacher_scores(big, monkeypatch):
+    """transformers' own choice is the current GPU; what bitsandbytes keeps beside the weights would stay there."""
+    from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
+
+    asked, own = [], Bnb8BitHfQuantizer.update_device_map
+    monkeypatch.setattr(Bnb8BitHfQuantizer, "update_device_map", lambda self, m: asked.append(m) or own(self, m))
+    loaded(big, quantization="8bit")
+    assert asked == [{"": "cpu"}]

@@ -2,31 +2,15 @@
 
 import pytest
 import torch
+from contract import AND_BF16, rows
 from torch import nn
 
-from kdrl_pl.experience import Experience
 from kdrl_pl.losses import Distillation
 from kdrl_pl.models.tiny import write_tiny
 from kdrl_pl.module import KDRLModule
 from kdrl_pl.teacher import FrozenTeacher
 from kdrl_pl.teacher import offload as module
 from kdrl_pl.teacher.offload import WaitingWeights, pinned
-
-PRECISIONS = {
-    "fp32": {},
-    "bf16": {"dtype": "bfloat16"},
-    "8bit": {"quantization": "8bit"},
-    "4bit": {"quantization": "4bit"},
-}
-
-
-def rows():
-    return Experience.from_rows(
-        prompts=[[3, 4, 12], [3, 4, 12], [5, 6, 7, 12], [5, 6, 7, 12]],
-        responses=[[8, 9, 1], [2, 3, 4, 5, 9, 11, 1], [6], [7, 7, 8, 1]],
-        rewards=[1.0, 0.0, 0.0, 1.0],
-        group=[0, 0, 1, 1],
-    )
 
 
 @pytest.fixture(scope="module")
@@ -37,21 +21,21 @@ def big(tmp_path_factory):
 
 
 def scored(teacher, hidden=False):
-    experience = rows().to(teacher.device)
+    experience = rows(1.0).to(teacher.device)
     teacher.score(experience, experience.response_mask, hidden=hidden)
     return experience
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", AND_BF16)
 def test_log_probs_head_and_sampler_are_those_of_a_teacher_that_stays(precision, big):
-    stays, waits = (FrozenTeacher(big, **PRECISIONS[precision], offload=offload) for offload in (False, True))
+    stays, waits = (FrozenTeacher(big, **AND_BF16[precision], offload=offload) for offload in (False, True))
     for teacher in (stays, waits):
         teacher.load("cpu")
     for _ in range(2):
         assert torch.equal(scored(stays).teacher_logprobs, scored(waits).teacher_logprobs)
     assert torch.equal(scored(stays, True).teacher_hidden, scored(waits, True).teacher_hidden)
     assert torch.equal(stays.head().weight, waits.head().weight)
-    ids = rows().input_ids
+    ids = rows(1.0).input_ids
     assert torch.equal(*(teacher.sampler().model(ids).logits for teacher in (stays, waits)))
 
 
@@ -97,9 +81,9 @@ def test_pinned_copies_share_blocks(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", AND_BF16)
 def test_on_a_gpu_the_weights_leave_the_device_between_uses(precision, big):
-    stays, waits = (FrozenTeacher(big, **PRECISIONS[precision], offload=offload) for offload in (False, True))
+    stays, waits = (FrozenTeacher(big, **AND_BF16[precision], offload=offload) for offload in (False, True))
     for teacher in (stays, waits):
         teacher.load("cuda")
 
@@ -126,7 +110,7 @@ def test_on_a_gpu_the_weights_leave_the_device_between_uses(precision, big):
     assert on_device() == set()
     assert waits.head().weight.is_cuda
     assert on_device() == {"model.lm_head.weight"}
-    ids = rows().input_ids.cuda()
+    ids = rows(1.0).input_ids.cuda()
     assert torch.equal(*(teacher.sampler().model(ids).logits for teacher in (stays, waits)))
     scored(waits)
     assert on_device() == set()
@@ -139,7 +123,7 @@ def test_on_a_gpu_the_gradient_is_that_of_a_teacher_that_stays(estimator, big, t
     for offload in (False, True):
         teacher = FrozenTeacher(big, dtype="bfloat16", offload=offload)
         student = KDRLModule(tiny_models[0], teacher, distillation=Distillation(0.3, estimator)).load("cuda")
-        student.loss(student.score(rows().to("cuda"))).loss.backward()
+        student.loss(student.score(rows(1.0).to("cuda"))).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in student.student.parameters()]))
     assert torch.allclose(*gradients, rtol=1e-5, atol=1e-7)
     assert gradients[0].norm() > 1e-3

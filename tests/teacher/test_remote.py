@@ -33,11 +33,10 @@ class Host:
     """A server of a teacher on a thread, whose behaviour `fault` decides: number of the score request -> what happens.
 
     "ok", "hang" (no answer), "close" (the connection ends), a number (that HTTP status), "other" (another fingerprint),
-    "short" (a log-prob too few), "nan", "junk" (no JSON) or "huge delay".
+    "short" (a log-prob too few), "nan" or "junk" (no JSON).
     """
 
     def __init__(self, path, fault=lambda number: "ok", token=None):
-        pytest.importorskip("litserve")
         from kdrl_pl.teacher.server import identity, score
 
         self.fault, self.requests, self.seen = fault, 0, []

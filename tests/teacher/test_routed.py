@@ -5,9 +5,11 @@ import shutil
 
 import pytest
 import torch
+from contract import sure_model
 from tiny_run import fit, make_data, make_module, make_rollouts, metrics_rows
 
 from kdrl_pl.data.loading import SetConfig, load_prompts
+from kdrl_pl.errors import TeacherLost
 from kdrl_pl.experience import Experience
 from kdrl_pl.losses import Distillation
 from kdrl_pl.models.loading import load_tokenizer
@@ -29,18 +31,9 @@ def rows(teachers=(None, None, "small", "small", "big", "big")):
 
 
 @pytest.fixture(scope="module")
-def other(tiny_models, tmp_path_factory):
+def other(tmp_path_factory):
     """A second teacher, wider than the first, with a head eight times as sure."""
-    from safetensors.torch import load_file, save_file
-
-    from kdrl_pl.models.tiny import write_tiny
-
-    folder = tmp_path_factory.mktemp("other")
-    write_tiny(folder, 128, 1)
-    weights = load_file(folder / "model.safetensors")
-    weights["lm_head.weight"] *= 8
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+    return str(sure_model(tmp_path_factory.mktemp("other"), layers=1))
 
 
 @pytest.fixture
@@ -75,7 +68,7 @@ def test_only_what_is_asked_for_is_told(teachers):
     assert experience.teacher_logprobs.nonzero().tolist() == [[1, 4], [1, 5], [2, 4]]
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "8bit", "with a bias", "scaled"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "8bit", "with a bias", "scaled", "padded"])
 def test_the_full_vocabulary_has_each_rows_own_teacher(kind, teachers, other, tiny_models):
     """The gradient of the full form over all rows is the sum of those of each teacher over its rows."""
     if kind == "8bit":
@@ -87,6 +80,10 @@ def test_the_full_vocabulary_has_each_rows_own_teacher(kind, teachers, other, ti
         model.lm_head.bias = torch.nn.Parameter(torch.linspace(-2, 2, 16), requires_grad=False)
     elif kind == "scaled":
         model.config.logit_scale = 0.5
+    elif kind == "padded":  # rows of the head that are no words
+        weight = model.lm_head.weight
+        padding = torch.full((3, weight.shape[1]), 4.0)
+        model.lm_head.weight = torch.nn.Parameter(torch.cat([weight, padding]), requires_grad=False)
 
     def gradient(teacher, subset):
         settings = {"policy_gradient": None, "distillation": Distillation(1.0, "full")}
@@ -161,6 +158,22 @@ def test_other_stop_ids_are_refused_with_the_reason(teachers, other, tmp_path):
     assert RoutedTeacher(teachers).stop_ids() == [1]
 
 
+class Away(FrozenTeacher):
+    def score(self, experience, asked, *, hidden=False):
+        raise TeacherLost("gone")
+
+
+def test_where_one_is_lost_the_others_answer_first(teachers, other):
+    # Red: a sharded one behind it waits for the other ranks, which wait in another collective.
+    routed, experience = loaded(RoutedTeacher({"big": Away(other), "small": teachers["small"]}, default="big")), rows()
+    read = []
+    embeddings = teachers["small"].model.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda part, inputs, _: read.append(len(inputs[0])))
+    with pytest.raises(TeacherLost, match="gone"):
+        routed.score(experience, experience.response_mask)
+    assert sum(read) == 2  # its two rows
+
+
 def test_settings_that_cannot_be_are_refused(teachers, tiny_models, tmp_path):
     with pytest.raises(ValueError, match=r"teacher\.teachers is empty"):
         RoutedTeacher({"gone": None})
@@ -173,7 +186,7 @@ def test_settings_that_cannot_be_are_refused(teachers, tiny_models, tmp_path):
         RoutedTeacher(teachers).sampler()
 
 
-def test_its_metrics_are_those_of_all_teachers(teachers, tiny_models, other, tmp_path):
+def test_its_metrics_are_those_of_all_teachers(teachers, other, tmp_path):
     cache = TeacherCache(str(tmp_path))
     routed = loaded(RoutedTeacher({"big": FrozenTeacher(other, cache=cache), "small": teachers["small"]}, "big"))
     for expected in ((0.0, 4.0), (4.0, 4.0)):

@@ -3,7 +3,6 @@
 import base64
 import importlib
 import json
-import os
 import socket
 import struct
 import time
@@ -69,6 +68,9 @@ def test_the_most_probable_words_come_when_asked_for(server, model):
     assert torch.equal(reply.top_ids, exact.indices)
     assert torch.allclose(reply.top_logprobs, exact.values, atol=1e-5)
     assert len(reply.logprobs) == 3
+    status, told = post(server, {**GOOD, "top_k": 3, "groups": [{**GOOD["groups"][0], "asked": ["000", "00"]}]})
+    assert status == 200  # red: 500 where nothing was asked about
+    assert (told["logprobs"], told["top_ids"], told["top_logprobs"]) == ("", "", "")
 
 
 def test_it_says_who_it_is(server, model):
@@ -267,6 +269,23 @@ def test_rows_are_split_in_their_order_and_groups_cut_only_where_they_must():
         split(groups, 10, 100)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", [[], ["--dtype", "bfloat16"], ["--quantization", "8bit"]])
+def test_it_serves_from_a_gpu(precision, model):
+    server = ServedTeacher(model, "--device", "cuda:0", *precision)
+    try:
+        status, told = post(server.wait(), GOOD)
+    finally:
+        server.stop()
+    assert status == 200
+    served = read_reply(json.dumps(told).encode(), 5).logprobs
+    teacher = FrozenTeacher(model)
+    teacher.load("cpu")
+    experience, asked = read_request(json.dumps(GOOD).encode(), Limits(16)).experience()
+    teacher.score(experience, asked)
+    assert torch.allclose(served, experience.teacher_logprobs[asked], rtol=0, atol=0.3 if precision else 1e-3)
+
+
 def test_a_taken_port_is_an_error(model):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", free_port()))
@@ -275,7 +294,6 @@ def test_a_taken_port_is_an_error(model):
         output = server.process.communicate(timeout=120)[0]
     assert server.process.returncode != 0
     assert "address already in use" in output.lower()
-    assert os.environ.get("KDRL_TEACHER_TOKEN") is None
 
 
 def test_the_benchmark_of_the_round_trip_runs(model, monkeypatch, capsys):

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -113,12 +114,13 @@ def scored(teacher, experience, asked=None, hidden=False):
 def main(folder, student, path, number):
     from torch.distributed.tensor import DTensor
 
+    from kdrl_pl.errors import TeacherLost
     from kdrl_pl.losses import Distillation
     from kdrl_pl.module import KDRLModule
     from kdrl_pl.rollout.in_process import InProcessEngine
     from kdrl_pl.rollout.sampling import Sampling
     from kdrl_pl.rollout.streams import group_keys
-    from kdrl_pl.teacher import TeacherCache
+    from kdrl_pl.teacher import RoutedTeacher, TeacherCache
 
     faulthandler.dump_traceback_later(170, exit=True)  # a rank that waits says where
     torch.set_num_threads(1)
@@ -191,6 +193,23 @@ def main(folder, student, path, number):
     assert cached.score_metrics["teacher/cache_hits"] == ([9, 0][number], 9)
     assert torch.allclose(mine.teacher_logprobs, scored(whole, rows(3)).teacher_logprobs, atol=1e-6)
     assert scored(cached, rows(3)).teacher_logprobs.equal(mine.teacher_logprobs)
+
+    # Beside one that rank 0 alone has lost: it passes in step all the same, and says so after that.
+    class Away(FrozenTeacher):
+        def score(self, experience, asked, *, hidden=False):
+            if number == 0:
+                raise TeacherLost("gone")
+            super().score(experience, asked, hidden=hidden)
+
+    routed = RoutedTeacher({"away": Away(path), "here": FrozenTeacher(path, sharded=True)})
+    routed.load("cpu")
+    experience = rows(2)
+    experience.teachers = ["away"] * 3 + ["here"] * 3
+    with pytest.raises(TeacherLost) if number == 0 else nullcontext():
+        routed.score(experience, experience.response_mask)
+    expected = scored(whole, rows(2)).teacher_logprobs
+    assert torch.allclose(experience.teacher_logprobs[3 * (1 - number) :], expected[3 * (1 - number) :], atol=1e-6)
+    assert torch.allclose(scored(teacher, rows(2)).teacher_logprobs, expected, atol=1e-6)
     dist.destroy_process_group()
 
 

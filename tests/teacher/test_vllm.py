@@ -1,41 +1,26 @@
 """VLLMTeacher against a real vLLM server on the CPU (`make test-vllm`); what needs none is at the end."""
 
+import http.server
 import json
 import logging
 import os
 import subprocess
+import threading
 import time
 import urllib.request
 
 import pytest
 import torch
-from contract import ROOT, free_port, rows
+from contract import ROOT, free_port, rows, widened
 from tiny_run import fit, make_data, make_module, make_rollouts, metrics_rows
 
+from kdrl_pl.errors import TeacherLost
 from kdrl_pl.models.character_tokenizer import character_tokenizer
 from kdrl_pl.models.loading import load_tokenizer
 from kdrl_pl.teacher import FrozenTeacher, VLLMTeacher
 
 VLLM = os.environ.get("KDRL_VLLM_PYTHON", "")
 START = 240  # seconds
-
-
-def widen(source, target, more):
-    """The same model with `more` rows beyond the tokenizer's ids."""
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, target)
-    config = json.loads((target / "config.json").read_text())
-    config["vocab_size"] += more
-    (target / "config.json").write_text(json.dumps(config))
-    weights = load_file(target / "model.safetensors")
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        extra = torch.zeros(more, weights[name].shape[1])
-        weights[name] = torch.cat([weights[name], extra])
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
-    return str(target)
 
 
 class VLLMServer:
@@ -145,7 +130,7 @@ def test_a_run_learns_from_a_vllm_server(served, model, tiny_models, tmp_path):
 @pytest.mark.vllm
 def test_rows_beyond_the_tokenizers_ids_are_noticed_and_so_is_another_model(model, tmp_path, caplog):
     """Zero rows have a logit of 0 each, so the words lose probability that FrozenTeacher leaves them."""
-    wide = widen(model, tmp_path / "wide", 48)
+    wide = widened(model, tmp_path / "wide", 48)
     server = VLLMServer(wide, tmp_path / "log.txt").wait()
     try:
         with caplog.at_level(logging.WARNING, "kdrl_pl"):
@@ -160,3 +145,52 @@ def test_rows_beyond_the_tokenizers_ids_are_noticed_and_so_is_another_model(mode
             scored(teacher, rows(1.0))
     finally:
         server.stop()
+
+
+class Pretender(http.server.BaseHTTPRequestHandler):
+    """Answers as vLLM does, the same log-prob for every token; closes connections that are idle, as vLLM does."""
+
+    protocol_version, timeout = "HTTP/1.1", 0.2
+
+    def answer(self, told, status=200):
+        body = json.dumps(told).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.answer({"data": [{"id": "teacher"}]})
+
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.path == "/tokenize":
+            ids = self.server.tokenizer(asked["prompt"], add_special_tokens=False)["input_ids"]
+            return self.answer({"tokens": ids})
+        if max(map(max, asked["prompt"])) >= 16:
+            return self.answer({"error": "out of vocabulary"}, 400)
+        choices = [
+            {"index": i, "prompt_logprobs": [None, *({str(t): {"logprob": self.server.said}} for t in ids[1:])]}
+            for i, ids in enumerate(asked["prompt"])
+        ]
+        return self.answer({"model": "teacher", "choices": choices})
+
+    def log_message(self, *arguments):
+        pass
+
+
+def test_another_model_is_noticed_also_where_the_server_was_away_between_two_rollouts(model):
+    # Red: a connection that is found closed was made anew without a question.
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Pretender)
+    server.tokenizer, server.said = load_tokenizer(model), -1.0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    teacher = VLLMTeacher(f"http://127.0.0.1:{server.server_port}")
+    teacher.load("cpu", load_tokenizer(model))
+    for _ in range(2):
+        experience = rows(1.0)
+        assert torch.equal(scored(teacher, experience), -experience.response_mask.float())
+        time.sleep(0.5)
+    server.said = -2.0
+    with pytest.raises(TeacherLost, match=r"another teacher under the name teacher: its log-probs moved by 1 nats"):
+        scored(teacher, rows(1.0))
+    server.shutdown()

@@ -17,7 +17,7 @@ def test_closing(tmp_path) -> None:
     rows = [{"rollout": 9, "code": "K003"}, {"rollout": 12, "code": "K001"}, {"rollout": 40, "code": "K003"}]
     (tmp_path / "alarms.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "report.html").touch()
-    assert closing(tmp_path, ["export", "compare"]).splitlines() == [
+    assert closing(tmp_path).splitlines() == [
         "120 rollouts in 1 h 2 min, 1,234,567 tokens sampled",
         "",
         "add  accuracy       13.9% → 78.6%  (+64.7 points)",
@@ -29,11 +29,10 @@ def test_closing(tmp_path) -> None:
         f"best:       {tmp_path}/checkpoints/best-000100.ckpt",
         f"report:     {tmp_path}/report.html",
         f"next:       kdrl export {tmp_path}",
-        f"            kdrl compare {tmp_path}",
     ]
 
 
-def test_without_a_validation_before(tmp_path) -> None:
+def test_without_a_validation_before() -> None:
     assert learned(None, {"a": {"avg_at_k": 0.5}, "b": {"avg_at_k": 0.25, "truncated": 0.1}}) == [
         "a  accuracy  50.0%",
         "b  accuracy  25.0%",

@@ -73,3 +73,15 @@ def test_what_is_over_is_what_came_before_in_this_rollout(clock) -> None:
 )
 def test_duration(seconds, text) -> None:
     assert duration(seconds) == text
+
+
+def test_what_a_validation_did_is_not_over_in_the_next_rollout(clock) -> None:
+    # Red: a tick at the reward before the first token of the rollout is sampled.
+    state = RunState("run", 10, clock)
+    state.evaluate("validation before training")
+    state.begin("rollout")
+    state.begin("reward")
+    assert state.over >= {"rollout"}
+    state.evaluate("")
+    state.begin("rollout")
+    assert (state.doing, state.over & {"rollout", "reward"}) == ("", set())

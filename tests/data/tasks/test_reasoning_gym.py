@@ -8,8 +8,6 @@ from kdrl_pl.data import tasks
 from kdrl_pl.data.prompts import Prompt
 from kdrl_pl.data.tasks import reasoning_gym
 
-pytest.importorskip("reasoning_gym")
-
 
 def prompts(name: str, count: int, **options) -> list[Prompt]:
     rows = tasks.make(f"reasoning_gym:{name}", count, seed=3, **options)

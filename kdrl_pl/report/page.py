@@ -215,7 +215,7 @@ def _metrics(run: Run) -> Markup:
     for name in names:
         values = [row[name] for row in run.training if row.get(name) is not None]
         if values:
-            rows.append([name, *map(number, (values[0], values[-1], min(values), max(values)))])
+            rows.append([breakable(name), *map(number, (values[0], values[-1], min(values), max(values)))])
     content = table(["metric", "first", "last", "lowest", "highest"], rows, "Metrics of the training")
     return element("details", element("summary", f"{len(rows)} metrics (docs/metrics.md says what they are)"), content)
 

@@ -83,8 +83,10 @@ def render(state: RunState, width: int) -> RenderableType:
     width = min(width - 1, _WIDTH)  # a full line would wrap when a column goes
     head, left = Text(f"{printable(state.name)} ", style="bold"), state.left()
     total = f" of {state.total}" if state.total else ""
-    head.append(state.doing or f"rollout {state.done + 1}{total}", style="bold cyan")
-    if left is not None:
+    is_over = state.total is not None and state.done >= state.total
+    now = "saving" if is_over else f"rollout {state.done + 1}{total}"
+    head.append(state.doing or now, style="bold cyan")
+    if left is not None and not is_over:
         head.append(f"  about {duration(left)} left", style="dim")
     head.truncate(width, overflow="ellipsis")
     lines: list[RenderableType] = [head]
@@ -102,6 +104,8 @@ def render(state: RunState, width: int) -> RenderableType:
 def _phases(state: RunState) -> Table:
     """One row per phase: what it took in the last rollout, and how far the running one is."""
     table = Table.grid(padding=(0, 1, 0, 0))
+    for width in (None, None, None, 1):  # rich draws an empty column wider than it measures it, and others then wrap
+        table.add_column(min_width=width)
     for phase in PHASES:
         running = phase == state.phase
         seconds, speed = state.seconds(phase), state.speed(phase)

@@ -64,6 +64,19 @@ def test_a_run_without_an_end_and_without_metrics() -> None:
     assert lines[0] == "first rollout 1" and "rollout" in lines[1]
 
 
+def test_before_anything_was_measured_no_cell_wraps() -> None:
+    first = RunState("first", 11, lambda: 0.0)
+    first.begin("rollout")
+    first.begin("reward")
+    assert "▸ reward     0.0 s" in drawn(render(first, 100), 100)
+
+
+def test_after_the_last_rollout_there_is_no_next() -> None:
+    over = state()
+    over.finish(120, METRICS)
+    assert drawn(render(over, 100), 100)[0] == "my-run saving"
+
+
 def test_validation_is_named() -> None:
     running = state()
     running.doing = "validation after 44 rollouts"

@@ -35,7 +35,7 @@ def comparable(runs: Sequence[Run]) -> Sequence[Run]:
         ValueError: there are fewer than two, one twice, or trainings of kdrl fit and kdrl sft together.
     """
     if len(runs) < 2:
-        raise ValueError("kdrl compare needs at least two run folders; kdrl report shows one")
+        raise ValueError(f"{len(runs)} run folder is given; expected at least two (kdrl report shows one)")
     folders = [run.folder for run in runs]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ValueError(f"{twice} is given twice; name every run once")

@@ -76,7 +76,7 @@ def test_compare(run, tmp_path, capsys):
     assert "made   25.0%" in out and "other  25.0%" in out and "All settings are the same." in out
     assert "2 runs compared" in (tmp_path / "compare.html").read_text()
     assert main(["compare", str(run)]) == 1
-    assert "needs at least two" in capsys.readouterr().err
+    assert "1 run folder is given; expected at least two" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["report", "inspect", "compare"])

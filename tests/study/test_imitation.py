@@ -37,7 +37,7 @@ def test_a_student_imitates_what_is_right(tmp_path):
     assert figures["tokens"] > 8 * 32 * 8 * 20  # as many responses as eight rollouts have, of 24 tokens each
     assert figures["curve"]["rollouts"] == [0, 8]
     assert figures["curve"]["pass@1"][0] == pytest.approx(0.13, abs=0.04)
-    assert figures["pass@1"] == figures["curve"]["pass@1"][1] > 0.3
+    assert round(figures["pass@1"], 5) == figures["curve"]["pass@1"][1] > 0.3
     assert 0 < figures["teacher_seconds"] < figures["seconds"]
     summary = json.loads((run.folder(tmp_path) / "run/summary.json").read_text())
     assert summary["rollouts"] == 8

@@ -53,7 +53,6 @@ def run_json(arguments: Sequence[str], threads: int, python_path: str | None = N
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(threads),
-        "OMP_WAIT_POLICY": "PASSIVE",  # as the command line sets it
         "TOKENIZERS_PARALLELISM": "false",
         "TRANSFORMERS_VERBOSITY": "error",
     }

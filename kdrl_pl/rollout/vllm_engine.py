@@ -11,7 +11,6 @@ several filters on, vLLM applies min-p first.
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import random
@@ -244,9 +243,6 @@ class VLLMEngine:
             # vLLM then takes the process group that is there, and this rank's device from these.
             os.environ |= {"RANK": str(rank()), "LOCAL_RANK": str(self._device.index or 0)}
             settings["distributed_executor_backend"] = "external_launcher"
-        # An engine that nobody holds any more takes vLLM's process group with it when it is collected; vLLM froze it.
-        gc.unfreeze()
-        gc.collect()
         with tempfile.TemporaryDirectory() as folder:
             write_config(student, Path(folder), self.dtype)
             self._llm = LLM(

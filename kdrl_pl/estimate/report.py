@@ -74,7 +74,7 @@ def _lines(told: dict[str, Any]) -> Iterator[str]:
         if told["device"] == "cpu"
         else "the GPU's context, and what its allocator keeps"
     )
-    yield f"the peak is the {memory_['peak']}: {_gb(memory_['total'])} GB of tensors; {above} come on top"
+    yield f"the peak is the {memory_['peak']}: {_gb(memory_['total'])} GB of tensors, and on top {above}"
     yield ""
     seconds = told["least_seconds"]
     yield f"{'each rank, each rollout':<{width}}{'TFLOP':>12}{'GB read':>12}{'GB sent':>12}{'GB copied':>12}" + (
